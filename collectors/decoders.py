@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From fields of kernel structs to label values and exemplars: tiny and pure, shared by the collectors."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from daemon import histogram
+from daemon.declare import Context
+from daemon.histogram import Scale
+from daemon.model import EXEMPLAR_LABELS_MAX, Distribution, Exemplar, Family, Metric, Series
+
+OTHER = "other"
+Labels = tuple[str, ...]
+Words = Callable[[Sequence[int]], tuple[tuple[str, str], ...]]
+
+# enum in include/net/tcp_states.h, which is user-space ABI
+TCP_STATES = (
+    "unknown", "established", "syn_sent", "syn_recv", "fin_wait1", "fin_wait2", "time_wait", "close", "close_wait",
+    "last_ack", "listen", "closing", "new_syn_recv", "bound_inactive",
+)  # fmt: skip
+FAMILIES = ("ipv4", "ipv6")
+
+
+def text(raw: bytes) -> str:
+    """char[]: up to the first NUL; what is not UTF-8 is replaced."""
+    return raw.split(b"\0", 1)[0].decode(errors="replace")
+
+
+def words_text(words: Sequence[int]) -> str:
+    """A char[] that the kernel side moves as 64-bit words."""
+    return text(b"".join(word.to_bytes(8, "little") for word in words))
+
+
+def address(words: Sequence[int], family: str) -> str:
+    """Two words that hold an IPv6 address, or an IPv4 one in the first four bytes, in network order."""
+    raw = words[0].to_bytes(8, "little") + words[1].to_bytes(8, "little")
+    return str(ipaddress.IPv4Address(raw[:4]) if family == "ipv4" else ipaddress.IPv6Address(raw))
+
+
+def fit(labels: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Leaves out empty values, and shortens what would pass the limit: a long cgroup path loses its head."""
+    room, kept = EXEMPLAR_LABELS_MAX, []
+    for name, value in labels:
+        if not value:
+            continue
+        if len(name) + len(value) > room:
+            if name != "cgroup" or room - len(name) < 16:
+                continue
+            value = "…" + value[-(room - len(name) - 1) :]
+        room -= len(name) + len(value)
+        kept.append((name, value))
+    return tuple(kept)
+
+
+def exemplar(
+    raw: Mapping[str, Any] | None, unit: int, context: Context, words: Words = lambda words: ()
+) -> Exemplar | None:
+    """struct exemplar; None where there is none yet or it was torn. The value is in base units then."""
+    if raw is None:
+        return None
+    labels: list[tuple[str, str]] = []
+    if raw["pid"]:
+        labels += [("pid", str(raw["pid"])), ("comm", words_text(raw["comm"]))]
+    labels += words(raw["words"])
+    if raw["cgroup"]:
+        labels.append(("cgroup", context.cgroup_path(raw["cgroup"])))
+    return Exemplar(fit(labels), raw["value"] / unit, context.wall_clock(raw["time_ns"]))
+
+
+def distribution(
+    value: Mapping[str, Any], name: str, scale: Scale, context: Context, words: Words = lambda words: ()
+) -> Distribution:
+    """A kernel histogram and the exemplars beside it (`<name>_exemplars`, where they are compiled in)."""
+    raw = value[name]
+    found = {
+        octave: decoded
+        for octave, one in enumerate(value.get(f"{name}_exemplars", ()))
+        if (decoded := exemplar(one, scale.unit, context, words))
+    }
+    return scale.distribution(raw["slots"], raw["overflow"], raw["sum"], found)
+
+
+class Totals:
+    """Label sets of one family on the way to series: equal ones add up, and at most `limit` stay.
+
+    What does not fit is added to one series whose label values are `other`, and counted in `dropped`.
+    """
+
+    def __init__(self, metric: Metric, limit: int) -> None:
+        self.metric = metric
+        self.limit = limit
+        self.dropped = 0
+        self._values: dict[Labels, int | Distribution] = {}
+        self._exemplars: dict[Labels, Exemplar] = {}
+
+    def add(self, labels: Labels, value: int | Distribution, found: Exemplar | None = None) -> None:
+        if labels not in self._values and len(self._values) >= self.limit:
+            self.dropped += 1
+            labels = (OTHER,) * len(labels)
+        before = self._values.get(labels)
+        if before is None:
+            self._values[labels] = value
+        elif isinstance(before, Distribution) and isinstance(value, Distribution):
+            self._values[labels] = histogram.add(before, value)
+        elif isinstance(before, int) and isinstance(value, int):
+            self._values[labels] = before + value
+        known = self._exemplars.get(labels)
+        if found and (known is None or known.timestamp < found.timestamp):
+            self._exemplars[labels] = found
+
+    def family(self, created: float) -> Family:
+        return Family(
+            self.metric,
+            [Series(labels, value, created, self._exemplars.get(labels)) for labels, value in self._values.items()],
+        )

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each path answers, as an ASGI application without a framework."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import parse_qsl
+
+from daemon.exposition import Renderer
+from daemon.model import Family
+from daemon.negotiation import accepts_gzip, content_type, negotiate
+
+if TYPE_CHECKING:
+    from daemon.webconfig import WebConfig
+
+SHARE_SECONDS = 0.25  # scrapes that arrive within it get the same snapshot
+CHUNK_BYTES = 1 << 16  # a slow client keeps no more than this in our memory
+
+Headers = dict[bytes, bytes]
+
+logger = logging.getLogger("bpfmetricsd.app")
+
+
+class Source(Protocol):
+    """What the server serves. `collect` never raises for one collector's failure; `tick` and `reload` return a line."""
+
+    def names(self) -> frozenset[str]: ...
+    def collect(self, names: frozenset[str] | None) -> list[Family]: ...
+    def ready(self) -> list[str]: ...
+    def status(self) -> dict[str, Any]: ...
+    def page(self) -> str: ...
+    def tick(self) -> str: ...
+    def reload(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    head: bool
+    query: bytes
+    headers: Headers
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    body: bytes
+    headers: Headers
+
+
+def _line(status: int, text: str, headers: Headers | None = None) -> Answer:
+    return Answer(status, f"{text}\n".encode(), {b"content-type": b"text/plain; charset=utf-8", **(headers or {})})
+
+
+class Snapshot:
+    """One reading of the collectors, and each page made of it."""
+
+    def __init__(self, families: Sequence[Family]) -> None:
+        self._families = families
+        self._pages: dict[tuple[bool, bool], bytes] = {}
+        self._zipped: dict[tuple[bool, bool], bytes] = {}
+
+    def page(self, renderer: Renderer, openmetrics: bool, gzip: bool, head: bool) -> bytes:
+        """A HEAD request leaves the exemplars for the next GET."""
+        mark = openmetrics and (not head or (True, True) in self._pages)
+        key = (openmetrics, mark)
+        if key not in self._pages:
+            self._pages[key] = renderer.render(self._families, openmetrics, mark=mark)
+        if not gzip:
+            return self._pages[key]
+        if key not in self._zipped:
+            self._zipped[key] = zlib.compress(self._pages[key], 1, wbits=31)
+        return self._zipped[key]
+
+
+class App:
+    """The ASGI application. A snapshot stays for SHARE_SECONDS: scrapes of that moment share it."""
+
+    def __init__(self, source: Source, web: WebConfig | None) -> None:
+        self._source = source
+        self._web = web
+        self._renderer = Renderer()
+        self._snapshots: dict[frozenset[str] | None, Snapshot] = {}
+        self._routes: dict[str, Callable[[Request], Answer]] = {
+            "/": self._page,
+            "/metrics": self._metrics,
+            "/status": self._status,
+            "/-/healthy": lambda _: _line(200, "healthy"),
+            "/-/ready": self._ready,
+        }
+
+    async def __call__(self, scope: dict[str, Any], _receive: object, send: Callable[..., Awaitable[None]]) -> None:
+        request = Request(scope["method"] == "HEAD", scope["query_string"], _combined(scope["headers"]))
+        answer = await self._answer(scope["method"], scope["path"], request)
+        headers = {
+            b"date": formatdate(usegmt=True).encode(),
+            b"content-length": str(len(answer.body)).encode(),
+            b"cache-control": b"no-store",
+            b"x-content-type-options": b"nosniff",
+            **answer.headers,
+            **(self._web.headers if self._web else {}),
+        }
+        await send({"type": "http.response.start", "status": answer.status, "headers": list(headers.items())})
+        body = memoryview(b"" if request.head else answer.body)
+        while len(body) > CHUNK_BYTES:
+            await send({"type": "http.response.body", "body": body[:CHUNK_BYTES], "more_body": True})
+            body = body[CHUNK_BYTES:]
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, method: str, path: str, request: Request) -> Answer:
+        if self._web:
+            status = await self._web.authorize(request.headers.get(b"authorization"))
+            if status == 503:
+                return _line(503, "too many passwords wait to be checked; try again", {b"retry-after": b"5"})
+            if status != 200:
+                challenge = b'Basic realm="bpfmetricsd", charset="UTF-8"'
+                return _line(401, "a user and a password are needed", {b"www-authenticate": challenge})
+        if method not in ("GET", "HEAD"):
+            return _line(405, "only GET and HEAD are answered here", {b"allow": b"GET, HEAD"})
+        route = self._routes.get(path)
+        if route is None:
+            return _line(404, f"nothing is here; there are {', '.join(self._routes)}")
+        try:
+            return route(request)
+        except Exception:
+            logger.exception("cannot answer %s", path)
+            return _line(500, "this answer failed; the service's log says why")
+
+    def _page(self, _: Request) -> Answer:
+        policy = b"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+        headers = {
+            b"content-type": b"text/html; charset=utf-8",
+            b"content-security-policy": policy + b"; frame-ancestors 'none'",
+            b"referrer-policy": b"no-referrer",
+        }
+        return Answer(200, self._source.page().encode(errors="replace"), headers)
+
+    def _metrics(self, request: Request) -> Answer:
+        query = parse_qsl(request.query.decode("latin-1"), keep_blank_values=True)
+        names = frozenset(value for key, value in query if key == "collect[]")
+        known = self._source.names()
+        if not names <= known:
+            unknown = ", ".join(ascii(name) for name in sorted(names - known))
+            return _line(400, f"collect[] names {unknown}; there are {', '.join(sorted(known)) or 'no collectors'}")
+        openmetrics = negotiate(_text(request.headers, b"accept"))
+        gzip = accepts_gzip(_text(request.headers, b"accept-encoding"))
+        page = self._snapshot(names or None).page(self._renderer, openmetrics, gzip, request.head)
+        headers = {b"content-type": content_type(openmetrics).encode(), b"vary": b"Accept, Accept-Encoding"}
+        return Answer(200, page, {**headers, **({b"content-encoding": b"gzip"} if gzip else {})})
+
+    def _snapshot(self, names: frozenset[str] | None) -> Snapshot:
+        found = self._snapshots.get(names)
+        if found is None:
+            found = self._snapshots[names] = Snapshot(self._source.collect(names))
+            asyncio.get_running_loop().call_later(SHARE_SECONDS, self._snapshots.pop, names)
+        return found
+
+    def _ready(self, _: Request) -> Answer:
+        reasons = [" ".join(reason.split()) for reason in self._source.ready()]
+        return _line(503, "\n".join(reasons)) if reasons else _line(200, "ready")
+
+    def _status(self, _: Request) -> Answer:
+        body = json.dumps(self._source.status(), indent=2).encode() + b"\n"
+        return Answer(200, body, {b"content-type": b"application/json"})
+
+
+def _combined(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
+    """Headers given more than once mean their list (RFC 9110, 5.3)."""
+    combined: Headers = {}
+    for name, value in headers:
+        combined[name] = combined[name] + b", " + value if name in combined else value
+    return combined
+
+
+def _text(headers: Headers, name: bytes) -> str | None:
+    return headers[name].decode("latin-1") if name in headers else None
