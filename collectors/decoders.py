@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from daemon import histogram
@@ -38,6 +39,34 @@ def address(words: Sequence[int], family: str) -> str:
     """Two words that hold an IPv6 address, or an IPv4 one in the first four bytes, in network order."""
     raw = words[0].to_bytes(8, "little") + words[1].to_bytes(8, "little")
     return str(ipaddress.IPv4Address(raw[:4]) if family == "ipv4" else ipaddress.IPv6Address(raw))
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    family: str
+    local: str
+    local_port: int
+    remote: str
+    remote_port: int
+
+
+def endpoints(raw: Mapping[str, Any]) -> Endpoints:
+    """struct endpoints of bpf/include/tcp.h."""
+    family, ports = FAMILIES[raw["family"]], raw["ports"]
+    local, remote = (address(raw[end], family) for end in ("local", "remote"))
+    return Endpoints(family, local, ports & 0xFFFF, remote, ports >> 16 & 0xFFFF)
+
+
+def endpoints_of_words(words: Sequence[int]) -> Endpoints:
+    """The same struct as an exemplar carries it, in six words."""
+    return endpoints({"local": words[0:2], "remote": words[2:4], "ports": words[4], "family": words[5] & 0xFFFFFFFF})
+
+
+def endpoints_labels(ends: Endpoints) -> tuple[tuple[str, str], ...]:
+    """Exemplar labels and journal fields."""
+    return (
+        ("laddr", ends.local), ("lport", str(ends.local_port)), ("raddr", ends.remote), ("rport", str(ends.remote_port)),
+    )  # fmt: skip
 
 
 def fit(labels: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

@@ -63,7 +63,7 @@ class Planner:
     """Chooses variants; `forbidden` hook kinds count as refused (a way to try the others)."""
 
     collector: Collector
-    defines: Mapping[str, int]
+    defines: Mapping[str, int | str]
     btf: Btf
     forbidden: frozenset[str] = frozenset()
     refused: dict[str, str] = field(default_factory=dict)
@@ -78,8 +78,10 @@ class Planner:
             )
         chosen = {part.name: self._choose(part) for part in self.collector.parts}
         hooks = {name: hook for variant in chosen.values() for name, hook in variant.programs.items()}
-        macros = dict(self.defines) | {variant.define: 1 for variant in chosen.values() if variant.define}
+        macros: dict[str, int | str] = dict(self.defines) | {variant.define: 1 for variant in chosen.values() if variant.define}
         macros |= {f"HOOK_{name}_{hook.kind}": 1 for name, hook in hooks.items()}
+        for name, (address, size) in symbols(self.collector.symbols).items():
+            macros |= {f"SYMBOL_{name}": f"{address:#x}ULL", f"SYMBOL_{name}_SIZE": f"{size}ULL"}
         for hook in hooks.values():
             if hook.kind in _TRACEPOINTS:
                 macros[f"ARGS_{hook.target}"] = self.btf.tracepoint_arguments(hook.target) or 0
@@ -133,6 +135,25 @@ class Planner:
             if hook.kind in ("kprobe", "kretprobe") and not _KPROBE.exists():
                 return "this kernel has no kprobes"
         return ""
+
+
+def symbols(names: tuple[str, ...], source: Path = Path("/proc/kallsyms")) -> dict[str, tuple[int, int]]:
+    """Address and size of kernel functions; those that the kernel hides or does not have are left out."""
+    if not names:
+        return {}
+    addresses, found = [], {}
+    with source.open() as lines:
+        for line in lines:
+            address, kind, name = line.split()[:3]
+            if kind in "tT":
+                addresses.append(int(address, 16))
+                if name in names:
+                    found[name] = addresses[-1]
+    return {
+        name: (start, min((one for one in addresses if one > start), default=start) - start)
+        for name, start in found.items()
+        if start
+    }
 
 
 def _with_includes(path: Path) -> str:

@@ -70,11 +70,14 @@ _lib.btf__resolve_size.restype = ct.c_int64
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Where a field lies: offset in bytes from the start of the struct, size in bytes, BTF type id."""
+    """Where a field lies: offset in bytes from the start of the struct, BTF type id.
+
+    A bit-field of at most one byte is given as the byte that holds it (`<field>_byte`).
+    """
 
     offset: int
-    size: int
     type: int
+    bits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ class Btf:
         return None if number is None else self._type(self._type(number).size).vlen
 
     def field(self, struct: str, name: str) -> Field | None:
-        """A field by name, also inside anonymous structs and unions. Bit-fields are not supported: None."""
+        """A field by name, also inside anonymous structs and unions. A bit-field over a byte's border is None."""
         number = self.find(struct, STRUCT, UNION)
         return None if number is None else self._field(number, name, 0)
 
@@ -145,9 +148,9 @@ class Btf:
                 bits, offset = offset >> 24, offset & 0xFFFFFF
             place = base + offset // 8
             if member.name_off and self._name(member.name_off) == name:
-                if bits:
+                if bits and offset % 8 + bits > 8:
                     return None
-                return Field(place, int(_lib.btf__resolve_size(self._btf, member.type)), member.type)
+                return Field(place, member.type, bool(bits))
             inner = self._strip(member.type)
             if not member.name_off and self._type(inner).kind in (STRUCT, UNION):
                 found = self._field(inner, name, place)
@@ -197,6 +200,9 @@ class Btf:
         lines = [f"\t\tu8 __size[{self._type(number).size}];"]
         checks = []
         for field, place in fields.items():
+            if place.bits:
+                lines.append(f"\t\tstruct {{ u8 __before_{field}[{place.offset}]; u8 {field}_byte; }};")
+                continue
             pad = f"u8 __before_{field}[{place.offset}]; " if place.offset else ""
             lines.append(f"\t\tstruct {{ {pad}{self._declare(place.type, field, known)}; }};")
             offset = f"__builtin_offsetof(struct {name}, {field})"

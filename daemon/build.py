@@ -37,7 +37,7 @@ class Request:
 
     collector: Collector
     options: Mapping[str, Any]
-    defines: Mapping[str, int]
+    defines: Mapping[str, int | str]
     bpffs: Path
     group: int
     forbidden: frozenset[str]

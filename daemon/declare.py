@@ -115,7 +115,8 @@ class Collector:
     """A collector: one Python file, one program in `bpf/` of the same stem, one test file of the same stem.
 
     `structs` names the kernel structs and fields that the program reads; a field that ends in `?` may be
-    missing, and `HAVE_<struct>_<field>` tells the program. `constants` are kernel enumerators by name.
+    missing, and `HAVE_<struct>_<field>` tells the program. `constants` are kernel enumerators (`enum.name`).
+    `symbols` are kernel functions whose address and size the program uses, where `/proc/kallsyms` tells them.
     `defines` turns options into `-D` definitions; what is off is not compiled. `decode` is pure and gets the rows of `tables`. `event`
     turns one ring buffer record into a journal entry.
     """
@@ -126,8 +127,9 @@ class Collector:
     structs: Mapping[str, tuple[str, ...]]
     options: tuple[Option, ...]
     metrics: Callable[[Mapping[str, Any]], tuple[Metric, ...]]
-    defines: Callable[[Mapping[str, Any]], Mapping[str, int]]
+    defines: Callable[[Mapping[str, Any]], Mapping[str, int | str]]
     tables: tuple[str, ...]
     decode: Callable[[Tables, Context], Decoded]
     constants: tuple[str, ...] = ()
+    symbols: tuple[str, ...] = ()
     event: Callable[[Any, Context], Event] | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import collectors
-from daemon import cgroups, reader, selfmetrics
+from daemon import __version__, cgroups, reader, selfmetrics
 from daemon.clock import wall_clock
 from daemon.config import Config
 from daemon.declare import Context, Event
@@ -79,7 +79,10 @@ class Engine:
             return self._decode(unit)
         except Exception as error:  # a fault in one collector must not take the page with it
             log.exception("%s cannot be read", unit.collector.name)
-            unit.error = f"cannot be read ({error!r}); restart bpfmetricsd and report this"
+            loaded_by = unit.pins.manifest.version if unit.pins else __version__
+            unit.error = f"cannot be read ({error!r}); run 'bpfmetricsd load --force', and report it if it stays"
+            if loaded_by != __version__:
+                unit.error = f"was loaded by bpfmetricsd {loaded_by}, and this is {__version__}; run 'bpfmetricsd load'"
             return []
         finally:
             unit.reading_s = time.perf_counter() - began

@@ -77,37 +77,36 @@ class _MetricText:
 class _SeriesText:
     """One series' lines up to the blank before the value; `sent` is each bucket's last exemplar, in milliseconds."""
 
-    __slots__ = ("count", "counts", "created", "created_line", "created_prefix", "samples", "sent", "sum")
+    __slots__ = ("counts", "created", "created_line", "metric", "samples", "sent")
 
     def __init__(self, text: _MetricText, values: tuple[str, ...]) -> None:
-        metric = text.metric
-        pairs = [f'{name}="{_escape(value)}"' for name, value in zip(metric.labels, values, strict=True)]
-        labels = _braces(pairs)
-        if metric.type == "histogram":
-            buckets = (_braces([*pairs, f'le="{bound}"']) for bound in text.bounds)
-            self.samples = tuple(f"{metric.name}_bucket{bucket} " for bucket in buckets)
-        else:
-            self.samples = (f"{text.sample_name}{labels} ",)
+        self.metric = metric = text.metric
         self.counts = metric.type in ("counter", "histogram")  # only these have exemplars and `_created`
-        self.count = f"{metric.name}_count{labels} "
-        self.sum = f"{metric.name}_sum{labels} "
-        self.created_prefix = f"{metric.name}_created{labels} "
         self.created: float | None = None
         self.created_line = ""
         self.sent: dict[int, int] = {}
+        pairs = _pairs(metric, values)
+        labels = _braces(pairs)
+        if metric.type == "histogram":
+            buckets = (_braces([*pairs, f'le="{bound}"']) for bound in text.bounds)
+            self.samples = (
+                *(f"{metric.name}_bucket{bucket} " for bucket in buckets),
+                f"{metric.name}_count{labels} ",
+                f"{metric.name}_sum{labels} ",
+            )
+        else:
+            self.samples = (f"{text.sample_name}{labels} ",)
 
     def append_to(self, lines: list[str], series: Series, openmetrics: bool, mark: bool) -> None:
         value = series.value
         if isinstance(value, Distribution):
-            counts = (*value.cumulative, value.count)
-            buckets = [f"{prefix}{count}" for prefix, count in zip(self.samples, counts, strict=True)]
+            numbers = (*value.cumulative, value.count, value.count, _number(value.sum))
+            samples = [f"{prefix}{number}" for prefix, number in zip(self.samples, numbers, strict=True)]
             if openmetrics and value.exemplars:
                 for index, exemplar in value.exemplars.items():
-                    if 0 <= index < len(buckets):
-                        buckets[index] += self._exemplar(index, exemplar, mark)
-            lines += buckets
-            lines.append(f"{self.count}{value.count}")
-            lines.append(f"{self.sum}{_number(value.sum)}")
+                    if 0 <= index <= len(value.cumulative):
+                        samples[index] += self._exemplar(index, exemplar, mark)
+            lines += samples
         else:
             (prefix,) = self.samples
             line = f"{prefix}{_number(value)}"
@@ -116,8 +115,9 @@ class _SeriesText:
             lines.append(line)
         if openmetrics and self.counts and series.created is not None:
             if series.created != self.created:
+                labels = _braces(_pairs(self.metric, series.labels))
                 self.created = series.created
-                self.created_line = f"{self.created_prefix}{_number(series.created)}"
+                self.created_line = f"{self.metric.name}_created{labels} {_number(series.created)}"
             lines.append(self.created_line)
 
     def _exemplar(self, index: int, exemplar: Exemplar, mark: bool) -> str:
@@ -153,6 +153,10 @@ def _number(value: float) -> str:
 
 def _escape(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _pairs(metric: Metric, values: Sequence[str]) -> list[str]:
+    return [f'{name}="{_escape(value)}"' for name, value in zip(metric.labels, values, strict=True)]
 
 
 def _braces(pairs: Sequence[str]) -> str:

@@ -86,7 +86,7 @@ def _open_everywhere(item: Listen) -> socket.socket:
 
 def _bind(family: int, address: tuple[object, ...], v6only: bool = True) -> socket.socket:
     """`[::]:PORT` takes IPv6 only, so that it can stand beside `0.0.0.0:PORT`."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio looks, and sets TCP_NODELAY
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:

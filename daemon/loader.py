@@ -79,14 +79,14 @@ def program_hash(request: Request) -> str:
     for source in sources:
         digest.update(source.read_bytes())
     facts = (
-        collector.parts, sorted(collector.structs.items()), collector.constants, sorted(request.defines.items()),
+        collector.parts, sorted(collector.structs.items()), collector.constants, collector.symbols, sorted(request.defines.items()),
         sorted(request.forbidden), request.bcc, os.uname().release, os.uname().version, __version__,
     )  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.hexdigest()
 
 
-def defines(collector: Collector, config: CollectorConfig) -> dict[str, int]:
+def defines(collector: Collector, config: CollectorConfig) -> dict[str, int | str]:
     """The `-D` macros of a configuration."""
     macros = dict(collector.defines(config.options))
     if config.exemplars:

@@ -22,8 +22,8 @@ _IDENTITY: _Closeness = {("identity", None): 1}
 
 _QUALITY = re.compile(r"0?\.[0-9]+|0\.?|1(\.0*)?")
 _QUOTED = r'"(?:[^"\\]|\\.)*"?'
-_ITEM = re.compile(rf'(?:[^,"]|{_QUOTED})+', re.DOTALL)
-_PARAMETER = re.compile(rf'(?:[^;"]|{_QUOTED})+', re.DOTALL)
+_ITEM = re.compile(rf'(?:[^,"]|{_QUOTED})+')
+_PARAMETER = re.compile(rf'(?:[^;"]|{_QUOTED})+')
 
 _Range = tuple[str, str | None, float]
 

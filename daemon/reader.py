@@ -101,15 +101,16 @@ class Pins:
         self.maps, self.programs, self._others, self.ring = {}, {}, [], None
 
     def tables(self, names: Iterable[str]) -> dict[str, list[Row]]:
-        """The rows of these maps; of other hash maps only the number of entries. Raises `BpfmetricsdError`."""
+        """The rows of these maps, none for a map that the options left out; of other hash maps only their number.
+
+        Raises `BpfmetricsdError`.
+        """
         wanted = frozenset(names)
         try:
             for name, one in self.maps.items():
                 if name not in wanted and one.is_hash:
                     one.count()
-            return {name: self.maps[name].rows() for name in wanted}
-        except KeyError as error:
-            raise BpfmetricsdError(f"{self.folder} has no map {error}: another version loaded it; run 'bpfmetricsd load'") from error
+            return {name: self.maps[name].rows() if name in self.maps else [] for name in wanted}
         except OSError as error:
             raise BpfmetricsdError(f"{self.folder}: a map cannot be read ({os.strerror(error.errno or 0)})") from error
 

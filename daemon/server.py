@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import importlib
+import importlib.util
 import inspect
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import h11
 
 from daemon.app import App, Source
-from daemon.errors import BpfmetricsdError
+from daemon.errors import BpfmetricsdError, UnsupportedError
 from daemon.listening import open_sockets, url
 
 if TYPE_CHECKING:
@@ -39,8 +40,23 @@ MAX_CONNECTIONS = 256
 MISSED_TICKS = 3  # after so many intervals without a good tick the watchdog is no longer fed
 
 logger = logging.getLogger("bpfmetricsd.server")
-# Any: the types of uvicorn differ between its versions.
-H11Protocol: Any = importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
+
+
+def _h11_protocol() -> Any:
+    """uvicorn's protocol class; Any, because its types differ between versions.
+
+    The package's own `__init__` is not run, as it imports a command line and a supervisor of processes (2 MB).
+    """
+    spec = importlib.util.find_spec("uvicorn")
+    if spec is None:
+        raise UnsupportedError("the HTTP server needs the module uvicorn; install python3-uvicorn")
+    if "uvicorn" not in sys.modules:
+        package = sys.modules["uvicorn"] = importlib.util.module_from_spec(spec)
+        vars(package)["Config"] = importlib.import_module("uvicorn.config").Config  # its modules ask for it
+    return importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
+
+
+H11Protocol: Any = _h11_protocol()
 
 
 class Notify(Protocol):

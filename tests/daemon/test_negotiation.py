@@ -77,6 +77,8 @@ def test_openmetrics(accept: str) -> None:
         "application/openmetrics",
         # named, but refused, or in another version
         f"{OM};q=0",
+        f"{OM};Q=0",
+        f"{OM};VERSION=2.0.0",
         f"{OM};q=0.000,text/plain",
         f"{OM};version=2.0.0",
         f"{OM};version=1.0",

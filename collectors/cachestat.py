@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Page cache, in pages: accesses by reads and faults, misses, additions, dirtied pages.
+
+An access is a page that a read asked for (also where it asks for a part of it), or that a fault on a mapped file mapped.
+A miss is an access whose page was not in the cache. Buffered writes are no accesses; readahead adds pages that nobody
+asked for, so additions are more than misses.
+"""
+
+from __future__ import annotations
+
+from daemon.declare import Collector, Context, Decoded, Hook, Part, Tables, Variant
+from daemon.model import Family, Metric, Series
+
+ACCESSES = Metric("bpf_page_cache_accesses", "counter", "Pages of files that reads asked for or faults mapped; unit: pages.")
+MISSES = Metric("bpf_page_cache_misses", "counter", "Accessed pages that were not in the page cache; unit: pages.")
+ADDED = Metric("bpf_page_cache_added", "counter", "Pages added to the page cache, readahead included; unit: pages.")
+DIRTIED = Metric("bpf_page_cache_dirtied", "counter", "Pages of the page cache that became dirty; unit: pages.")
+_METRICS = (ACCESSES, MISSES, ADDED, DIRTIED)  # enum counter
+
+
+def decode(tables: Tables, context: Context) -> Decoded:
+    return Decoded(
+        [Family(_METRICS[row.key], [Series((), row.value, context.created)]) for row in tables["pages"]]
+    )
+
+
+def _tracepoints(kind: str) -> Variant:
+    targets = ("mm_filemap_get_pages", "mm_filemap_fault", "mm_filemap_map_pages")
+    return Variant({target: Hook(kind, target) for target in targets})  # type: ignore[arg-type]
+
+
+def _fexit(read: str) -> Variant:
+    return Variant(
+        {
+            "filemap_read": Hook("fexit", read),
+            "filemap_fault": Hook("fentry", "filemap_fault"),
+            "filemap_map_pages": Hook("fentry", "filemap_map_pages"),
+        },
+        define="READ_FUNCTION",
+    )
+
+
+def _kprobes(read: str) -> Variant:
+    return Variant(
+        {
+            "filemap_read_entry": Hook("kprobe", read),
+            "filemap_read_return": Hook("kretprobe", read),
+            "filemap_fault": Hook("kprobe", "filemap_fault"),
+            "filemap_map_pages": Hook("kprobe", "filemap_map_pages"),
+        },
+        define="READ_FUNCTION",
+    )
+
+
+def _one(program: str, *targets: str) -> Part:
+    hooks = [Hook(kind, target) for target in targets for kind in ("tp_btf", "raw_tp")]  # type: ignore[arg-type]
+    return Part(program, tuple(Variant({program: hook}) for hook in hooks))
+
+
+_READS = ("filemap_read", "generic_file_buffered_read")  # the second before kernel 5.12
+
+COLLECTOR = Collector(
+    name="cachestat",
+    summary="page cache accesses, misses, additions and dirtied pages, in pages",
+    parts=(
+        Part(
+            "accesses",
+            (
+                _tracepoints("tp_btf"),
+                *(_fexit(read) for read in _READS),
+                _tracepoints("raw_tp"),
+                *(_kprobes(read) for read in _READS),
+            ),
+        ),
+        _one("mm_filemap_add_to_page_cache", "mm_filemap_add_to_page_cache"),
+        _one("writeback_dirty_folio", "writeback_dirty_folio", "writeback_dirty_page"),
+    ),
+    structs={
+        "task_struct": ("ioac?", "maj_flt", "min_flt"),
+        "task_io_accounting": ("syscr?", "syscw?"),
+        "address_space": ("host",),
+        "inode": ("i_size",),
+        "folio": ("mapping?", "index?", "_nr_pages?", "_folio_nr_pages?"),
+        "page": ("mapping?", "index?"),
+        "kiocb": ("ki_pos", "ki_filp"),
+        "file": ("f_mapping",),
+        "vm_fault": ("vma", "pgoff"),
+        "vm_area_struct": ("vm_file",),
+        "pt_regs": ("di", "si", "dx", "ax"),
+    },
+    constants=("pageflags.PG_head",),
+    options=(),
+    metrics=lambda options: _METRICS,
+    defines=lambda options: {},
+    tables=("pages",),
+    decode=decode,
+)

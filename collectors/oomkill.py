@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OOM kills by scope and by the victim's cgroup, each with a journal entry.
+
+Scope `memcg`: a memory cgroup reached its limit; `global`: the machine ran out; `unknown`: this kernel does not tell.
+The cgroup is the victim's, not the one whose limit was reached. Truth: `oom_kill` in `/proc/vmstat` and `memory.events`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from collectors.decoders import OTHER, Totals, exemplar, text, words_text
+from daemon.cgroups import unit
+from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Tables, Variant
+from daemon.model import Metric
+
+SCOPES = ("unknown", "global", "memcg")  # enum scope
+MAX_CGROUPS = 1000
+RING_PAGES = 64
+MESSAGE_ID = "b7a3e0c64f1d4a58933e6c1f0d2b9a84"
+_LEVELS = 12
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+KILLS = Metric(
+    "bpf_oom_kills", "counter", "Processes killed because memory ran out, by scope and the victim's cgroup.",
+    ("scope", "cgroup"),
+)  # fmt: skip
+
+
+def cgroup_path(names: Sequence[bytes]) -> str:
+    """char path[LEVELS][NAME_LEN], innermost first: `/a/b`. Beyond twelve levels the outermost are left out."""
+    parts = [part for part in map(text, names) if part]
+    prefix = "…" if len(parts) == _LEVELS else ""
+    return prefix + "/" + "/".join(reversed(parts))
+
+
+def decode(tables: Tables, context: Context) -> Decoded:
+    kills = Totals(KILLS, context.max_series)
+    for row in tables["kills_other"]:
+        kills.add((SCOPES[row.key], OTHER), row.value)
+    for row in tables["kills"]:
+        labels = (SCOPES[row.key["scope"]], cgroup_path(row.value["path"]))
+        kills.add(labels, row.value["count"], exemplar(row.value.get("count_exemplar"), 1, context))
+    return Decoded([kills.family(context.created)], kills.dropped)
+
+
+def event(record: Any, context: Context) -> Event:
+    """struct victim. The kernel counts the victim's memory in pages."""
+    path = cgroup_path(record["path"])
+    comm, scope = words_text(record["comm"]), SCOPES[record["scope"]]
+    anon, file, shmem = (record[f"{kind}_pages"] * _PAGE_BYTES for kind in ("anon", "file", "shmem"))
+    why = {"memcg": "a memory cgroup reached its limit", "global": "the machine ran out of memory"}
+    message = (
+        f"OOM kill: {comm} (pid {record['pid']}) in cgroup {path} with {(anon + file + shmem) >> 20} MiB resident"
+        f" was killed because {why.get(scope, 'memory ran out')}"
+    )
+    fields = {
+        "pid": record["pid"], "comm": comm, "scope": scope, "cgroup": path, "unit": unit(path),
+        "rss_bytes": anon + file + shmem, "anon_bytes": anon, "file_bytes": file, "shmem_bytes": shmem,
+        "oom_score_adj": record["oom_score_adj"], "killer_pid": record["killer_pid"],
+        "killer_comm": words_text(record["killer_comm"]),
+    }  # fmt: skip
+    return Event(MESSAGE_ID, 3, message, fields, context.wall_clock(record["time_ns"]))
+
+
+def _defines(options: Mapping[str, Any]) -> dict[str, int]:
+    macros = {"MAX_CGROUPS": MAX_CGROUPS}
+    if options["events"]:
+        macros |= {"EVENTS_ON": 1, "RING_PAGES": RING_PAGES}
+    return macros
+
+
+COLLECTOR = Collector(
+    name="oomkill",
+    summary="OOM kills by scope and the victim's cgroup",
+    parts=tuple(
+        Part(target, tuple(Variant({target: Hook(kind, target)}) for kind in ("tp_btf", "raw_tp")))
+        for target in ("signal_generate", "mark_victim")
+    ),
+    structs={
+        "task_struct": ("pid", "tgid", "comm", "mm", "signal", "cgroups"),
+        "signal_struct": ("oom_score_adj",),
+        "mm_struct": ("rss_stat",),
+        "mm_rss_stat": ("count?",),
+        "percpu_counter": ("count",),
+        "css_set": ("dfl_cgrp",),
+        "cgroup": ("kn",),
+        "kernfs_node": ("id", "name", "parent?", "__parent?"),
+    },
+    symbols=("mem_cgroup_out_of_memory",),
+    options=(Option("events", "bool", True, "write each kill to the journal"),),
+    metrics=lambda options: (KILLS,),
+    defines=_defines,
+    tables=("kills", "kills_other"),
+    decode=decode,
+    event=event,
+)

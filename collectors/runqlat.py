@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run queue latency: how long runnable tasks wait for a CPU.
+
+Truth: the sums of run_delay (ns) and pcount in `/proc/PID/schedstat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from collectors.decoders import OTHER, Totals, distribution
+from daemon.declare import Collector, Context, Decoded, Hook, Option, Part, Tables, Variant
+from daemon.histogram import SECONDS
+from daemon.model import Metric
+
+MAX_CGROUPS = 1000
+
+
+def _latency(options: Mapping[str, Any]) -> Metric:
+    labels = ("cgroup",) if options["by"] == "cgroup" else ()
+    return Metric(
+        "bpf_run_queue_latency_seconds", "histogram",
+        "Time a runnable task waited for a CPU, migrations included.", labels, "seconds", SECONDS.bounds,
+    )  # fmt: skip
+
+
+def decode(tables: Tables, context: Context) -> Decoded:
+    latency = Totals(_latency(context.options), context.max_series)
+    if context.options["by"] != "cgroup":
+        latency.add((), distribution(tables["run_queue_all"][0].value, "wait", SECONDS, context))
+        return Decoded([latency.family(context.created)])
+    # Groups that are gone keep counting in 'other', so that the sum over all never falls.
+    for row in tables["run_queue"]:
+        path = context.cgroup_path(row.key) or OTHER
+        latency.add((path,), distribution(row.value, "wait", SECONDS, context))
+    latency.add((OTHER,), distribution(tables["run_queue_all"][0].value, "wait", SECONDS, context))
+    return Decoded([latency.family(context.created)], latency.dropped)
+
+
+def _defines(options: Mapping[str, Any]) -> dict[str, int]:
+    return {"BY_CGROUP": 1, "MAX_CGROUPS": MAX_CGROUPS} if options["by"] == "cgroup" else {}
+
+
+_HOOK = {kind: {"sched_switch": Hook(kind, "sched_switch")} for kind in ("tp_btf", "raw_tp")}
+_SPLIT = "waits of tasks that migrate while they wait are counted too short: no task storage in tracing programs before kernel 5.12"
+
+COLLECTOR = Collector(
+    name="runqlat",
+    summary="run queue latency: how long runnable tasks wait for a CPU",
+    parts=(
+        Part(
+            "sched_switch",
+            (
+                Variant(_HOOK["tp_btf"], define="WHOLE_WAITS", needs=("task_struct.bpf_storage",)),
+                Variant(_HOOK["tp_btf"], approximate=_SPLIT),
+                Variant(_HOOK["raw_tp"], approximate=_SPLIT),
+            ),
+        ),
+    ),
+    structs={
+        "task_struct": ("se", "sched_info", "tgid", "comm", "cgroups"),
+        "sched_entity": ("cfs_rq",),
+        "cfs_rq": ("rq",),
+        "rq": ("clock",),
+        "sched_info": ("pcount", "run_delay", "last_queued"),
+        "css_set": ("dfl_cgrp",),
+        "cgroup": ("kn",),
+        "kernfs_node": ("id",),
+    },
+    options=(
+        Option("by", "choice", "none", "a label: cgroup gives each cgroup a histogram of its own", choices=("none", "cgroup")),
+    ),
+    metrics=lambda options: (_latency(options),),
+    defines=_defines,
+    tables=("run_queue_all", "run_queue"),
+    decode=decode,
+)
