@@ -20,6 +20,10 @@
 
 enum scope { SCOPE_UNKNOWN, SCOPE_GLOBAL, SCOPE_MEMCG, SCOPES };
 
+struct level {
+	char name[NAME_LEN];
+};
+
 struct victim {
 	u64 time_ns; /* CLOCK_BOOTTIME */
 	u64 pid;     /* of the process */
@@ -33,7 +37,7 @@ struct victim {
 	u64 killer_comm[2];
 	u32 thread; /* of the task that mark_victim names */
 	s32 oom_score_adj;
-	char path[LEVELS][NAME_LEN]; /* names of the victim's cgroup and those above it, innermost first */
+	struct level path[LEVELS]; /* names of the victim's cgroup and those above it, innermost first */
 };
 
 struct kills_key {
@@ -43,7 +47,7 @@ struct kills_key {
 
 struct kills {
 	u64 count;
-	char path[LEVELS][NAME_LEN]; /* kept, because the cgroup may be gone when the count is read */
+	struct level path[LEVELS]; /* kept, because the cgroup may be gone when the count is read */
 #ifdef EXEMPLAR_INTERVAL_NS
 	struct exemplar count_exemplar;
 #endif
@@ -80,10 +84,10 @@ static __always_inline void read_cgroup(struct victim *victim, struct task_struc
 	victim->cgroup = READ(node, id);
 #pragma unroll
 	for (int i = 0; i < LEVELS; i++) {
-		victim->path[i][0] = 0;
+		victim->path[i].name[0] = 0;
 		parent = node ? parent_of(node) : NULL;
 		if (parent) /* the root has no name */
-			bpf_probe_read_kernel_str(victim->path[i], NAME_LEN, READ(node, name));
+			bpf_probe_read_kernel_str(victim->path[i].name, NAME_LEN, READ(node, name));
 		node = parent;
 	}
 }

@@ -29,9 +29,9 @@ KILLS = Metric(
 )  # fmt: skip
 
 
-def cgroup_path(names: Sequence[bytes]) -> str:
-    """char path[LEVELS][NAME_LEN], innermost first: `/a/b`. Beyond twelve levels the outermost are left out."""
-    parts = [part for part in map(text, names) if part]
+def cgroup_path(levels: Sequence[Mapping[str, bytes]]) -> str:
+    """struct level path[LEVELS], innermost first: `/a/b`. Beyond twelve levels the outermost are left out."""
+    parts = [part for level in levels if (part := text(level["name"]))]
     prefix = "…" if len(parts) == _LEVELS else ""
     return prefix + "/" + "/".join(reversed(parts))
 

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
-from daemon import __version__, attach, libbpf, pins
+from daemon import __version__, attach, layout, libbpf, pins
 from daemon.attach import Plan, Planner, Refused
 from daemon.btf import Btf
 from daemon.compiler import Compiled, compile_text, first_error
@@ -107,8 +107,8 @@ def build(request: Request) -> Manifest:
         plan = planner.plan()
         compiled = compile_text(plan.text, [*plan.flags, f"-DGENERATION={generation}ULL"])
         shapes = _shapes(compiled)
-        layout = _hash(shapes)
-        same = request.known is not None and request.known.layout_hash == layout
+        layout_hash = _hash(shapes)
+        same = request.known is not None and request.known.layout_hash == layout_hash
         if same:
             _use_known_maps(request, compiled, shapes)
         try:
@@ -121,7 +121,7 @@ def build(request: Request) -> Manifest:
     started = _hand_over(request, plan, compiled, Descriptors(
         {name: compiled.maps[name].descriptor for name in shapes}, links, programs), generation)  # fmt: skip
     return Manifest(
-        collector=request.collector.name, program_hash=request.program_hash, layout_hash=layout, version=__version__,
+        collector=request.collector.name, program_hash=request.program_hash, layout_hash=layout_hash, version=__version__,
         bcc=request.bcc, generation=generation, options=request.options, maps=shapes, refused=plan.refused,
         started=request.known.started if same and request.known else started,
         programs={name: ProgramInfo(str(hook), why) for name, (hook, why) in plan.programs.items() if hook.kind != "iter"},
@@ -137,6 +137,11 @@ def _shapes(compiled: Compiled) -> dict[str, MapShape]:
         info = libbpf.map_info(one.descriptor)
         record = compiled.maps.get(f"{name}{LAYOUT_ONLY}")
         shapes[name] = MapShape(*info.shape(), one.key, record.value if record else one.value)
+        if not record and info.type in libbpf.ITERABLE and layout.size(one.value) != info.value_size:
+            raise BpfmetricsdError(
+                f"map {name}: a value has {info.value_size} bytes, but as bcc describes it {layout.size(one.value)}; "
+                "use plain integers, char arrays, structs and arrays of one dimension"
+            )
     return shapes
 
 

@@ -78,11 +78,13 @@ class Engine:
         try:
             return self._decode(unit)
         except Exception as error:  # a fault in one collector must not take the page with it
-            log.exception("%s cannot be read", unit.collector.name)
             loaded_by = unit.pins.manifest.version if unit.pins else __version__
-            unit.error = f"cannot be read ({error!r}); run 'bpfmetricsd load --force', and report it if it stays"
+            fault = f"cannot be read ({error!r}); run 'bpfmetricsd load --force', and report it if it stays"
             if loaded_by != __version__:
-                unit.error = f"was loaded by bpfmetricsd {loaded_by}, and this is {__version__}; run 'bpfmetricsd load'"
+                fault = f"was loaded by bpfmetricsd {loaded_by}, and this is {__version__}; run 'bpfmetricsd load'"
+            if fault != unit.error:  # once, not at each scrape
+                log.exception("%s: %s", unit.collector.name, fault)
+            unit.error = fault
             return []
         finally:
             unit.reading_s = time.perf_counter() - began

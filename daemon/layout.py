@@ -34,8 +34,8 @@ def from_bcc(description: Any) -> Layout:
     for field in fields:
         layout = from_bcc(field[1])
         if len(field) > 2 and isinstance(field[2], list):
-            for count in reversed(field[2]):
-                layout = ["bytes", count] if field[1] == "char" else ["array", count, layout]
+            count = field[2][0]  # of an array of arrays bcc tells the first bound only; `load` checks the size
+            layout = ["bytes", count] if field[1] == "char" else ["array", count, layout]
         if not field[0].startswith("__pad"):
             entries[field[0]] = [offset, layout]
         offset += size(layout)
