@@ -130,6 +130,7 @@ class Server:
     interval: float
     notify: Notify
     web: WebConfig | None = None
+    connections: set[Connection] = field(default_factory=set, init=False)
     _complaint: str = field(default="", init=False)
     _last_tick: float = field(default=0.0, init=False)
 
@@ -138,7 +139,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._last_tick = self._loop.time()
-        connections, servers = await self._listen()
+        servers = await self._listen()
         if threading.current_thread() is threading.main_thread():
             for number, handler in (
                 (signal.SIGTERM, self.stop),
@@ -156,7 +157,7 @@ class Server:
             task.cancel()
         for server in servers:
             server.close()
-        await self._disconnect(connections)
+        await self._disconnect()
 
     def stop(self) -> None:
         self._stop.set()
@@ -174,7 +175,7 @@ class Server:
             line = self._complaint = f"configuration not read again: {error}"
         self.notify.ready(line)
 
-    async def _listen(self) -> tuple[set[Connection], list[asyncio.Server]]:
+    async def _listen(self) -> list[asyncio.Server]:
         config = importlib.import_module("uvicorn.config").Config(
             App(self.source, self.web),
             http=Connection,
@@ -194,7 +195,8 @@ class Server:
         newer = "app_state" in inspect.signature(H11Protocol).parameters
         arguments = {"config": config, "server_state": state, **({"app_state": {}} if newer else {})}
         context = self.web.context if self.web else None
-        servers = [
+        self.connections = state.connections
+        return [
             await self._loop.create_server(
                 lambda: Connection(**arguments),
                 sock=sock,
@@ -204,19 +206,18 @@ class Server:
             )
             for sock in self.sockets
         ]
-        return state.connections, servers
 
-    async def _disconnect(self, connections: set[Connection]) -> None:
+    async def _disconnect(self) -> None:
         """Answers under way get STOP_SECONDS."""
-        for connection in list(connections):
+        for connection in list(self.connections):
             if connection.answering():
                 connection.shutdown()
             else:
                 connection.transport.abort()
         for _ in range(50):
-            if connections:
+            if self.connections:
                 await asyncio.sleep(STOP_SECONDS / 50)
-        for connection in list(connections):
+        for connection in list(self.connections):
             connection.transport.abort()
 
     def _tasks(self) -> list[Coroutine[Any, Any, None]]:

@@ -17,16 +17,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from daemon import app, listening, server
 from daemon.config import Listen
 from daemon.errors import BpfmetricsdError, UsageError
+from daemon.exposition import Renderer
 from daemon.model import Exemplar, Family, Metric, Series
 
 ROOT = Path(server.__file__).parents[1]
@@ -108,7 +109,9 @@ class Running:
     server: server.Server
     port: int
 
-    def ask(self, method: str, path: str, headers: dict[str, str] | None = None) -> tuple[http.client.HTTPResponse, bytes]:
+    def ask(
+        self, method: str, path: str, headers: dict[str, str] | None = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(connection):
             connection.request(method, path, headers=headers or {})
@@ -123,6 +126,9 @@ class Running:
         done = threading.Event()
         self.server._loop.call_soon_threadsafe(lambda: (function(), done.set()))
         assert done.wait(PATIENCE)
+
+    def connections(self) -> int:
+        return len(self.server.connections)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
@@ -297,45 +303,396 @@ def test_unknown_collector(running: Running, query: str) -> None:
     assert running.source.collected == []
 
 
-def test_one_moment_shares_a_snapshot(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+class CountingRenderer(Renderer):
+    """Keeps (openmetrics, mark) of each rendering."""
+
+    calls: ClassVar[list[tuple[bool, bool]]] = []
+
+    def render(self, families: Sequence[Family], openmetrics: bool, *, mark: bool = True) -> bytes:
+        self.calls.append((openmetrics, mark))
+        return super().render(families, openmetrics, mark=mark)
+
+
+@pytest.fixture
+def renderings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    monkeypatch.setattr(CountingRenderer, "calls", [])
+    monkeypatch.setattr(app, "Renderer", CountingRenderer)
     monkeypatch.setattr(app, "SHARE_SECONDS", 3600)
-    rendered = count_renderings(running)
+    return CountingRenderer.calls
+
+
+def test_one_moment_shares_a_snapshot(renderings: list[tuple[bool, bool]], running: Running) -> None:
     variants = [{}, OPENMETRICS, {"Accept-Encoding": "gzip"}, {**OPENMETRICS, "Accept-Encoding": "gzip"}]
     pages = {running.get("/metrics", headers)[1] for headers in variants * 3}
     assert len(pages) == 4
     assert running.source.collected == [None]
-    assert sorted(rendered) == [(False, False), (True, True)]
+    assert sorted(renderings) == [(False, False), (True, True)]
     running.get("/metrics?collect[]=oomkill")
     assert running.source.collected == [None, {"oomkill"}]
 
 
 def test_the_moment_passes(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "SHARE_SECONDS", 0.01)
+    monkeypatch.setattr(app, "SHARE_SECONDS", 0)
     running.get("/metrics")
-    time.sleep(0.1)
-    assert b"reading_2_total" in running.get("/metrics")[1]
+    wait_for(lambda: b"reading_1_total" not in running.get("/metrics")[1])
 
 
-def test_head_and_text_leave_the_exemplars(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "SHARE_SECONDS", 3600)
-    rendered = count_renderings(running)
+def test_head_and_text_leave_the_exemplars(renderings: list[tuple[bool, bool]], running: Running) -> None:
     running.ask("HEAD", "/metrics", OPENMETRICS)
     running.get("/metrics")
-    assert sorted(rendered) == [(False, False), (True, False)]
+    assert sorted(renderings) == [(False, False), (True, False)]
     assert b'# {pid="1"}' in running.get("/metrics", OPENMETRICS)[1]
     running.ask("HEAD", "/metrics", OPENMETRICS)
-    assert sorted(rendered) == [(False, False), (True, False), (True, True)]
+    assert sorted(renderings) == [(False, False), (True, False), (True, True)]
 
 
-def count_renderings(running: Running) -> list[tuple[bool, bool]]:
-    """(openmetrics, mark) of each rendering from now on."""
-    application = next(iter_applications(running))
-    renderer, calls = application._renderer, []
-    render = renderer.render
+# Connections
 
-    def counted(families: list[Family], openmetrics: bool, *, mark: bool = True) -> bytes:
-        calls.append((openmetrics, mark))
-        return render(families, openmetrics, mark=mark)
 
-    renderer.render = counted
-    return calls
+def test_a_connection_is_used_again(running: Running) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        for method, path in (("GET", "/metrics"), ("POST", "/"), ("HEAD", "/"), ("GET", "/nothing"), ("GET", "/")):
+            connection.request(method, path)
+            connection.getresponse().read()
+            sock = connection.sock
+            assert sock is not None
+        assert running.connections() == 1
+
+
+def test_pipelined_requests(running: Running) -> None:
+    with running.connect() as client:
+        client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+        client.sendall(b"GET /-/ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answers = read_all(client)
+    assert answers.count(b"\r\n\r\nhealthy\n") == 20
+    assert answers.endswith(b"ready\n")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a server without
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET /" + b"a" * (1 << 17) + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * (1 << 15),
+        b"\r\n" * 5 + b"\0",
+    ],
+    ids=["tls", "length", "target", "headers", "nul"],
+)
+def test_nonsense_ends_the_connection(running: Running, request_bytes: bytes) -> None:
+    with running.connect() as client:
+        with contextlib.suppress(OSError):
+            client.sendall(request_bytes)
+        assert is_cut_off(client)
+    assert running.get("/-/healthy")[0].status == 200
+
+
+def test_upgrade_is_not_followed(running: Running) -> None:
+    response, _ = running.get("/-/healthy", {"Connection": "Upgrade", "Upgrade": "websocket"})
+    assert response.status in (200, 400)  # old versions of uvicorn refuse, new ones ignore it
+    assert "websockets" not in sys.modules
+
+
+HALF_OPEN = {
+    "silent": b"",
+    "half a line": b"GET /met",
+    "headers": b"GET /metrics HTTP/1.1\r\nHost: x\r\n",
+    "body": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n1",
+    "second request": b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\nGET",
+}
+
+
+@pytest.mark.parametrize("sent", HALF_OPEN.values(), ids=HALF_OPEN.keys())
+def test_half_open_client_is_cut_off(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.5)
+    with serving() as running, running.connect() as client:
+        client.sendall(sent)
+        assert is_cut_off(client)
+        wait_for(lambda: running.connections() == 0)
+
+
+def test_a_drip_does_not_extend_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    with serving() as running, running.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\n")
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < end:
+                client.sendall(b"a: b\r\n")
+                time.sleep(0.02)
+        assert time.monotonic() < end
+
+
+def test_many_half_open_clients_do_not_hinder_a_scrape(running: Running) -> None:
+    with contextlib.ExitStack() as stack:
+        for sent in list(HALF_OPEN.values()) * 20:
+            stack.enter_context(running.connect()).sendall(sent)
+        assert running.get("/metrics")[0].status == 200
+
+
+def test_the_oldest_idle_connection_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 5)
+    with serving() as running, contextlib.ExitStack() as stack:
+        clients = []
+        for count in range(1, 9):
+            clients.append(stack.enter_context(running.connect()))
+            wait_for(lambda count=count: running.connections() == min(count, 5))
+        assert all(is_cut_off(client) for client in clients[:3])
+        assert running.get("/metrics")[0].status == 200
+        assert is_cut_off(clients[3])
+        clients[7].sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_all(clients[7]).endswith(b"healthy\n")
+
+
+def test_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.5)
+    with serving(FakeSource(series=300_000)) as running, running.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: running.source.collected)
+        wait_for(lambda: running.connections() == 0)
+
+
+def test_long_answer_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SHARE_SECONDS", 3600)
+    with serving(FakeSource(series=100_000)) as running:
+        for headers in ({}, {"Accept-Encoding": "gzip"}):
+            response, body = running.get("/metrics", headers)
+            text = gzip.decompress(body) if headers else body
+            assert int(response.headers["Content-Length"]) == len(body)
+            assert text.endswith(b'{number="99999"} 99999\n')
+
+
+# Life
+
+
+def test_tick_and_status() -> None:
+    with serving(interval=0.01) as running:
+        wait_for(lambda: running.source.ticks > 3)
+    assert running.notify.said[:3] == ["ready", "status 1 ticks", "status 2 ticks"]
+    assert running.notify.said[-1] == "stopping"
+
+
+def test_failing_tick_is_logged_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    source = FakeSource(failure=RuntimeError("no memory"))
+    with serving(source, FakeNotify(watchdog_interval=0.001), interval=0.01) as running:
+        wait_for(lambda: source.ticks > 3)
+        source.failure = None
+        wait_for(lambda: any(line.startswith("status") for line in running.notify.said))
+    assert "periodic work failed: no memory" in caplog.text
+
+
+def test_watchdog_is_fed_until_ticks_fail() -> None:
+    source, notify = FakeSource(), FakeNotify(watchdog_interval=0.01)
+    with serving(source, notify, interval=0.01):
+        wait_for(lambda: notify.said.count("watchdog") > 3)
+        source.failure = RuntimeError("stuck")
+
+        def starves() -> bool:
+            before = len(notify.said)
+            ticks = source.ticks
+            wait_for(lambda: source.ticks > ticks + 3)
+            return len(notify.said) == before
+
+        wait_for(starves)
+        source.failure = None
+        fed = notify.said.count("watchdog")
+        wait_for(lambda: notify.said.count("watchdog") > fed)
+
+
+def test_reload(running: Running) -> None:
+    running.call(running.server.reload)
+    assert running.notify.said[-2:] == ["reloading", "ready configuration read again"]
+
+
+def test_bad_configuration_stays_in_the_status(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(interval=0.01) as running:
+        wait_for(lambda: running.source.ticks)
+        running.source.reload = refuse  # type: ignore[method-assign]  # a fake of a fake
+        running.call(running.server.reload)
+        assert "ready configuration not read again: c.yaml:3: no" in running.notify.said
+        wait_for(lambda: re.search(r"status \d+ ticks; configuration not read again: c.yaml", running.notify.said[-1]))
+        assert running.get("/metrics")[0].status == 200
+        del running.source.reload
+        running.call(running.server.reload)
+        wait_for(lambda: re.fullmatch(r"status \d+ ticks", running.notify.said[-1]))
+    assert "c.yaml:3: no" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def refuse() -> str:
+    raise UsageError("c.yaml:3: no")
+
+
+SERVICE = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from daemon.notify import Notifier
+from daemon.server import open_sockets, serve
+from test_server import FakeSource, LOOPBACK
+serve(FakeSource(), open_sockets([LOOPBACK]), 0.05, Notifier())
+print("served", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def service(directory: Path) -> Iterator[tuple[subprocess.Popen[str], int, socket.socket]]:
+    """A process that serves, its port, and the socket that hears its notifications."""
+    code = SERVICE.format(root=str(ROOT), tests=str(Path(__file__).parent))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(directory / "notify"))
+        manager.settimeout(PATIENCE)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(directory / "notify"), "WATCHDOG_USEC": "100000"}
+        environment.pop("WATCHDOG_PID", None)
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        with process:
+            try:
+                assert process.stdout
+                match = re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())
+                assert match
+                yield process, int(match[1]), manager
+            finally:
+                process.kill()
+
+
+def hear(manager: socket.socket, wanted: str) -> str:
+    """The next notification with `wanted` in it."""
+    while True:
+        text = manager.recv(4096).decode()
+        if wanted in text:
+            return text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_it_with_clients_connected(tmp_path: Path, number: signal.Signals) -> None:
+    pytest.importorskip("systemd.daemon", reason="install python3-systemd")
+    with service(tmp_path) as (process, port, manager), contextlib.ExitStack() as stack:
+        assert hear(manager, "READY=1") == "READY=1"
+        hear(manager, "WATCHDOG=1")
+        hear(manager, "STATUS=2 ticks")
+        for sent in HALF_OPEN.values():
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(sent)
+        process.send_signal(number)
+        hear(manager, "STOPPING=1")
+        output, _ = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, output) == (0, "served\n")
+
+
+def test_hangup_reloads(tmp_path: Path) -> None:
+    pytest.importorskip("systemd.daemon", reason="install python3-systemd")
+    with service(tmp_path) as (process, _, manager):
+        hear(manager, "READY=1")
+        process.send_signal(signal.SIGHUP)
+        assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", hear(manager, "RELOADING"))
+        assert hear(manager, "READY") == "READY=1\nSTATUS=configuration read again"
+        assert process.poll() is None
+
+
+# Sockets
+
+
+def test_sockets_are_not_inherited() -> None:
+    for sock in listening.open_sockets([LOOPBACK, Listen("localhost", 0)]):
+        with sock:
+            assert not sock.get_inheritable()
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def test_all_addresses_and_both_families_side_by_side() -> None:
+    (everywhere,) = listening.open_sockets([Listen("", 0)])
+    with everywhere:
+        port = everywhere.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port), PATIENCE).close()
+    if not socket.has_ipv6 or everywhere_is_ipv4(everywhere):
+        pytest.skip("no IPv6 on this machine")
+    with contextlib.ExitStack() as stack:
+        (four,) = listening.open_sockets([Listen("0.0.0.0", 0)])
+        stack.enter_context(four)
+        (six,) = listening.open_sockets([Listen("::", four.getsockname()[1])])
+        stack.enter_context(six)
+        assert [listening.url(sock, False) for sock in (four, six)] == [
+            f"http://0.0.0.0:{four.getsockname()[1]}",
+            f"http://[::]:{four.getsockname()[1]}",
+        ]
+
+
+def everywhere_is_ipv4(sock: socket.socket) -> bool:
+    return sock.family == socket.AF_INET
+
+
+def test_address_in_use_names_it_and_closes_the_others() -> None:
+    (taken,) = listening.open_sockets([LOOPBACK])
+    with taken:
+        port = taken.getsockname()[1]
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(BpfmetricsdError) as failure:
+            listening.open_sockets([LOOPBACK, Listen("127.0.0.1", port)])
+        assert str(failure.value).startswith(f"cannot listen on 127.0.0.1:{port}: Address already in use; stop the")
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("host", "remedy"),
+    [("192.0.2.1", "no interface has this address"), ("no-such-host.invalid", "write an address of this machine")],
+)
+def test_address_that_is_not_ours(host: str, remedy: str) -> None:
+    with pytest.raises(BpfmetricsdError, match=remedy) as failure:
+        listening.open_sockets([Listen(host, 0)])
+    assert "\n" not in str(failure.value)
+
+
+def test_forbidden_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", forbid)
+    with pytest.raises(BpfmetricsdError, match="cannot listen on 127.0.0.1:80: Permission denied; start as root"):
+        listening.open_sockets([Listen("127.0.0.1", 80)])
+
+
+PASSED = """
+import os, sys
+if "LISTEN_FDS" in os.environ:
+    os.dup2({fd}, 3)
+sys.path.insert(0, {root!r})
+os.environ["LISTEN_PID"] = str(os.getpid())
+if {hide}:
+    sys.modules["systemd.daemon"] = None
+from daemon.config import Listen
+from daemon.errors import BpfmetricsdError
+from daemon.listening import open_sockets, url
+try:
+    print(*(url(sock, True) for sock in open_sockets([Listen(fd=True)])), os.environ.get("LISTEN_FDS"))
+except BpfmetricsdError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("hide", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "printed"),
+    [
+        (socket.SOCK_STREAM, "https://127.0.0.1:{port} None\n"),
+        (socket.SOCK_DGRAM, "cannot listen on fd://: file descriptor 3 is no listening stream socket; use Listen"),
+        (None, "cannot listen on fd://: systemd passed no socket; start the socket unit"),
+    ],
+)
+def test_sockets_from_systemd(hide: bool, kind: socket.SocketKind | None, printed: str) -> None:
+    with socket.socket(socket.AF_INET, kind or socket.SOCK_STREAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        if kind == socket.SOCK_STREAM:
+            sock.listen()
+        code = PASSED.format(root=str(ROOT), hide=hide, fd=sock.fileno())
+        environment = {**os.environ, **({"LISTEN_FDS": "1"} if kind else {})}
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            pass_fds=[sock.fileno()],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+        assert result.stdout.startswith(printed.format(port=sock.getsockname()[1])), result.stderr

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real BPF on this machine: each test loads its collector into folders of its own, and removes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import collectors
+from daemon import loader
+from daemon.config import Config, parse
+from daemon.declare import Event
+from daemon.engine import Engine
+from daemon.errors import UnsupportedError
+from daemon.model import Family
+
+
+@dataclass
+class Loaded:
+    """A loaded collector; `read()` gives its families by name, as a scrape would see them."""
+
+    name: str
+    config: Config
+    outcome: loader.Outcome
+    engine: Engine
+    events: list[Event]
+
+    def read(self) -> dict[str, Family]:
+        return {family.metric.name: family for family in self.engine.decode(self.name)}
+
+    def series(self, metric: str) -> dict[tuple[str, ...], Any]:
+        """Label values to value."""
+        return {series.labels: series.value for series in self.read()[metric].series}
+
+    def losses(self) -> dict[str, int]:
+        self.read()
+        return self.engine.status()["collectors"][self.name]["lost"]
+
+
+Load = Callable[..., Loaded]
+
+
+@pytest.fixture
+def folders(tmp_path: Path, lacks: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
+    """A folder for pins and one for manifests; both are gone afterwards, with all programs."""
+    try:
+        loader.preflight()
+    except UnsupportedError as error:
+        lacks(str(error))
+    bpffs = Path(f"/sys/fs/bpf/bpfmetricsd_test_{os.getpid()}_{abs(hash(tmp_path)) % 10**8}")
+    state = tmp_path / "state"
+    yield bpffs, state
+    loader.unload(Config(collectors={}, bpffs=bpffs, state=state))
+    assert not bpffs.exists()
+
+
+@pytest.fixture
+def load(folders: tuple[Path, Path]) -> Iterator[Load]:
+    """`load("biolatency", max_devices=2)`: loads with these options and opens the pins."""
+    bpffs, state = folders
+    engines: list[Engine] = []
+
+    def do(name: str, forbid: str = "", **options: Any) -> Loaded:
+        text = f"collectors:\n  {name}: {{{', '.join(f'{key}: {value}' for key, value in options.items())}}}\n"
+        config = parse(text, "test", {one.name: one.options for one in collectors.ALL})
+        config = replace(config, bpffs=bpffs, state=state)
+        os.environ[loader.FORBID] = forbid
+        try:
+            outcome = loader.load(config, group=0, say=print)[name]
+        finally:
+            del os.environ[loader.FORBID]
+        assert outcome.action != "failed", outcome.detail
+        events: list[Event] = []
+        engine = Engine(config, events.append)
+        engines.append(engine)
+        return Loaded(name, config, outcome, engine, events)
+
+    yield do
+    for engine in engines:
+        engine.close()
