@@ -39,9 +39,7 @@ QUEUE = Metric(
 SIZE = Metric(
     "bpf_block_io_size_bytes", "histogram", "Size of completed block requests.", _LABELS, "bytes", BYTES.bounds
 )
-ERRORS = Metric(
-    "bpf_block_io_errors", "counter", "Block requests that completed with an error.", (*_LABELS, "error")
-)
+ERRORS = Metric("bpf_block_io_errors", "counter", "Block requests that completed with an error.", (*_LABELS, "error"))
 
 
 def error_name(error: int) -> str:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Page cache, in pages: accesses by reads and faults, misses, additions, dirtied pages.
 
-An access is a page that a read asked for (also where it asks for a part of it), or that a fault on a mapped file mapped.
+An access is a page that a read asked for (also a part of it), or that a fault on a mapped file mapped.
 A miss is an access whose page was not in the cache. Buffered writes are no accesses; readahead adds pages that nobody
 asked for, so additions are more than misses.
 """
 
 from __future__ import annotations
 
-from daemon.declare import Collector, Context, Decoded, Hook, Part, Tables, Variant
+from daemon.declare import Collector, Context, Decoded, Hook, HookKind, Part, Tables, Variant
 from daemon.model import Family, Metric, Series
 
-ACCESSES = Metric("bpf_page_cache_accesses", "counter", "Pages of files that reads asked for or faults mapped; unit: pages.")
+ACCESSES = Metric("bpf_page_cache_accesses", "counter", "Pages that reads asked for or faults mapped; unit: pages.")
 MISSES = Metric("bpf_page_cache_misses", "counter", "Accessed pages that were not in the page cache; unit: pages.")
 ADDED = Metric("bpf_page_cache_added", "counter", "Pages added to the page cache, readahead included; unit: pages.")
 DIRTIED = Metric("bpf_page_cache_dirtied", "counter", "Pages of the page cache that became dirty; unit: pages.")
@@ -19,14 +19,12 @@ _METRICS = (ACCESSES, MISSES, ADDED, DIRTIED)  # enum counter
 
 
 def decode(tables: Tables, context: Context) -> Decoded:
-    return Decoded(
-        [Family(_METRICS[row.key], [Series((), row.value, context.created)]) for row in tables["pages"]]
-    )
+    return Decoded([Family(_METRICS[row.key], [Series((), row.value, context.created)]) for row in tables["pages"]])
 
 
-def _tracepoints(kind: str) -> Variant:
+def _tracepoints(kind: HookKind) -> Variant:
     targets = ("mm_filemap_get_pages", "mm_filemap_fault", "mm_filemap_map_pages")
-    return Variant({target: Hook(kind, target) for target in targets})  # type: ignore[arg-type]
+    return Variant({target: Hook(kind, target) for target in targets})
 
 
 def _fexit(read: str) -> Variant:
@@ -53,7 +51,8 @@ def _kprobes(read: str) -> Variant:
 
 
 def _one(program: str, *targets: str) -> Part:
-    hooks = [Hook(kind, target) for target in targets for kind in ("tp_btf", "raw_tp")]  # type: ignore[arg-type]
+    kinds: tuple[HookKind, ...] = ("tp_btf", "raw_tp")
+    hooks = [Hook(kind, target) for target in targets for kind in kinds]
     return Part(program, tuple(Variant({program: hook}) for hook in hooks))
 
 

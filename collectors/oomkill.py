@@ -2,7 +2,9 @@
 """OOM kills by scope and by the victim's cgroup, each with a journal entry.
 
 Scope `memcg`: a memory cgroup reached its limit; `global`: the machine ran out; `unknown`: this kernel does not tell.
-The cgroup is the victim's, not the one whose limit was reached. Truth: `oom_kill` in `/proc/vmstat` and `memory.events`.
+The cgroup is the victim's, not the one whose limit was reached.
+
+Truth: `oom_kill` in `/proc/vmstat` and in `memory.events`.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _defines(options: Mapping[str, Any]) -> dict[str, int]:
 
 
 _HOOK = {kind: {"sched_switch": Hook(kind, "sched_switch")} for kind in ("tp_btf", "raw_tp")}
-_SPLIT = "waits of tasks that migrate while they wait are counted too short: no task storage in tracing programs before kernel 5.12"
+_SPLIT = "a wait during which the task migrates is counted too short, for want of task storage (kernel 5.12)"
 
 COLLECTOR = Collector(
     name="runqlat",
@@ -69,7 +69,13 @@ COLLECTOR = Collector(
         "kernfs_node": ("id",),
     },
     options=(
-        Option("by", "choice", "none", "a label: cgroup gives each cgroup a histogram of its own", choices=("none", "cgroup")),
+        Option(
+            "by",
+            "choice",
+            "none",
+            "a label: cgroup gives each cgroup a histogram of its own",
+            choices=("none", "cgroup"),
+        ),
     ),
     metrics=lambda options: (_latency(options),),
     defines=_defines,

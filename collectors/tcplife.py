@@ -12,8 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from collectors.decoders import (
-    FAMILIES, OTHER, Totals, distribution, endpoints, endpoints_labels, endpoints_of_words, words_text,
-)  # fmt: skip
+    FAMILIES,
+    OTHER,
+    Totals,
+    distribution,
+    endpoints,
+    endpoints_labels,
+    endpoints_of_words,
+    words_text,
+)
 from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Tables, Variant
 from daemon.histogram import BYTES, SECONDS
 from daemon.model import Metric
@@ -92,9 +99,7 @@ COLLECTOR = Collector(
     parts=(
         Part(
             "inet_sock_set_state",
-            tuple(
-                Variant({"inet_sock_set_state": Hook(kind, "inet_sock_set_state")}) for kind in ("tp_btf", "raw_tp")
-            ),
+            tuple(Variant({"inet_sock_set_state": Hook(kind, "inet_sock_set_state")}) for kind in ("tp_btf", "raw_tp")),
         ),
         Part(
             "seed",
@@ -107,8 +112,15 @@ COLLECTOR = Collector(
     structs={
         "sock": ("__sk_common", "sk_protocol", "sk_cgrp_data?"),
         "sock_common": (
-            "skc_daddr", "skc_rcv_saddr", "skc_dport", "skc_num", "skc_family", "skc_state", "skc_v6_daddr",
-            "skc_v6_rcv_saddr", "skc_flags",
+            "skc_daddr",
+            "skc_rcv_saddr",
+            "skc_dport",
+            "skc_num",
+            "skc_family",
+            "skc_state",
+            "skc_v6_daddr",
+            "skc_v6_rcv_saddr",
+            "skc_flags",
         ),
         "sock_cgroup_data": ("cgroup?",),
         "cgroup": ("kn",),
@@ -116,10 +128,12 @@ COLLECTOR = Collector(
         "tcp_sock": ("inet_conn", "bytes_sent", "bytes_retrans", "bytes_received"),
         "inet_connection_sock": ("icsk_inet",),
         "inet_sock": ("inet_sport",),
-    },  # fmt: skip
+    },
     constants=("sock_flags.SOCK_DONE",),
     options=(
-        Option("local_ports", "ports", (), "local ports with a label value of their own; others are 'other'", maximum=64),
+        Option(
+            "local_ports", "ports", (), "local ports with a label value of their own; others are 'other'", maximum=64
+        ),
         Option("max_connections", "int", 16384, "connections that may be open at once", minimum=256, maximum=1 << 20),
         Option("events", "bool", False, "write each closed connection to the journal"),
     ),

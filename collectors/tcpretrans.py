@@ -13,8 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from collectors.decoders import (
-    FAMILIES, OTHER, TCP_STATES, Totals, address, endpoints, endpoints_labels, endpoints_of_words, exemplar,
-)  # fmt: skip
+    FAMILIES,
+    OTHER,
+    TCP_STATES,
+    Totals,
+    address,
+    endpoints,
+    endpoints_labels,
+    endpoints_of_words,
+    exemplar,
+)
 from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Row, Tables, Variant
 from daemon.model import Metric
 
@@ -98,7 +106,7 @@ def event(record: Any, context: Context) -> Event:
 
 
 def _defines(options: Mapping[str, Any]) -> dict[str, int]:
-    macros = {}
+    macros: dict[str, int] = {}
     if options["by"] != "none":
         macros |= {f"BY_{options['by'].upper()}": 1, "MAX_SERIES": MAX_SERIES}
     if options["events"]:
@@ -116,7 +124,13 @@ COLLECTOR = Collector(
     structs={
         "sock": ("__sk_common", "sk_cgrp_data?"),
         "sock_common": (
-            "skc_daddr", "skc_rcv_saddr", "skc_dport", "skc_num", "skc_family", "skc_state", "skc_v6_daddr",
+            "skc_daddr",
+            "skc_rcv_saddr",
+            "skc_dport",
+            "skc_num",
+            "skc_family",
+            "skc_state",
+            "skc_v6_daddr",
             "skc_v6_rcv_saddr",
         ),
         "sock_cgroup_data": ("cgroup?",),
@@ -127,12 +141,17 @@ COLLECTOR = Collector(
         "request_sock": ("__req_common",),
         "tcp_sock": ("inet_conn",),
         "inet_connection_sock": ("icsk_pending", "icsk_ca_state"),
-    },  # fmt: skip
+    },
     options=(
-        Option("by", "choice", "none", "a further label: the peer's network, or the local port",
-               choices=("none", "remote_subnet", "local_port")),
+        Option(
+            "by",
+            "choice",
+            "none",
+            "a further label: the peer's network, or the local port",
+            choices=("none", "remote_subnet", "local_port"),
+        ),
         Option("events", "bool", False, "write each retransmission to the journal"),
-    ),  # fmt: skip
+    ),
     metrics=lambda options: (_retransmits(options), FAILURES),
     defines=_defines,
     tables=("retransmits", "retransmits_by", "failures"),

@@ -78,7 +78,9 @@ class Planner:
             )
         chosen = {part.name: self._choose(part) for part in self.collector.parts}
         hooks = {name: hook for variant in chosen.values() for name, hook in variant.programs.items()}
-        macros: dict[str, int | str] = dict(self.defines) | {variant.define: 1 for variant in chosen.values() if variant.define}
+        macros: dict[str, int | str] = dict(self.defines) | {
+            variant.define: 1 for variant in chosen.values() if variant.define
+        }
         macros |= {f"HOOK_{name}_{hook.kind}": 1 for name, hook in hooks.items()}
         for name, (address, size) in symbols(self.collector.symbols).items():
             macros |= {f"SYMBOL_{name}": f"{address:#x}ULL", f"SYMBOL_{name}_SIZE": f"{size}ULL"}
@@ -259,4 +261,3 @@ def _each(plan: Plan, do: Callable[[str, Hook], int]) -> dict[str, int]:
             os.close(descriptor)
         raise
     return done
-

@@ -29,7 +29,7 @@ class _Type(ct.Structure):
 
     @property
     def kind(self) -> int:
-        return (self.info >> 24) & 0x1F
+        return int(self.info >> 24 & 0x1F)
 
     @property
     def vlen(self) -> int:
@@ -174,7 +174,7 @@ class Btf:
         number = self._strip(number)
         entry = self._type(number)
         if entry.kind == INT:
-            encoding = next(self._tail(number, ct.c_uint32, 1)) >> 24  # type: ignore[type-var, operator, arg-type]
+            encoding = next(self._tail(number, ct.c_uint32, 1)) >> 24  # type: ignore[operator, arg-type]
             if entry.size == 1:
                 return f"{'char' if self._name(entry.name_off) == 'char' else 'u8'} {name}"
             return f"{'s' if encoding & 1 else 'u'}{entry.size * 8} {name}"

@@ -48,14 +48,17 @@ class Request:
 
 def run(requests: Sequence[Request]) -> Iterator[tuple[Request, Manifest | str]]:
     """Builds all, as many at once as there are CPUs; the manifest or the reason of the failure, as each ends."""
-    waiting, running = list(requests), {}
+    waiting = list(requests)
+    running: dict[Connection, tuple[Request, Any, IO[bytes], float]] = {}
     context = multiprocessing.get_context("fork")
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
             request = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
             words = tempfile.TemporaryFile()
-            child = context.Process(target=_child, args=(request, theirs, words), name=f"build {request.collector.name}")
+            child = context.Process(
+                target=_child, args=(request, theirs, words), name=f"build {request.collector.name}"
+            )
             child.start()
             theirs.close()
             running[ours] = (request, child, words, time.monotonic() + TIMEOUT_S)

@@ -82,7 +82,7 @@ def _open() -> ct.CDLL:
 _lib = _open()
 _PRINT = ct.CFUNCTYPE(ct.c_int, ct.c_int, ct.c_char_p, ct.c_void_p)
 _SAMPLE = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)
-_quiet = _PRINT(lambda level, text, arguments: 0)
+_quiet = _PRINT(lambda *_: 0)
 _lib.libbpf_set_print.argtypes = [_PRINT]
 _lib.libbpf_set_print.restype = ct.c_void_p
 _lib.libbpf_set_print(_quiet)
@@ -201,9 +201,7 @@ class ProgramStatistics:
 
 def program_statistics(descriptor: int) -> ProgramStatistics:
     info = _fdinfo(descriptor)
-    return ProgramStatistics(
-        *(int(info.get(key, 0)) for key in ("run_cnt", "run_time_ns", "recursion_misses"))
-    )
+    return ProgramStatistics(*(int(info.get(key, 0)) for key in ("run_cnt", "run_time_ns", "recursion_misses")))
 
 
 def enable_statistics() -> int:

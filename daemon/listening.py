@@ -124,9 +124,11 @@ def _passed() -> list[socket.socket]:
 def _passed_fds() -> list[int]:
     """What sd_listen_fds(3) returns; the variables go, so that no child takes the sockets for its own."""
     try:
-        listen_fds = import_module("systemd.daemon").listen_fds
+        fds = list(import_module("systemd.daemon").listen_fds(unset_environment=False))
     except ImportError:
-        pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-        own = pid == str(os.getpid()) and count.isascii() and count.isdigit()
-        return list(range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count))) if own else []
-    return list(listen_fds(unset_environment=True))
+        count = os.environ.get("LISTEN_FDS", "")
+        own = os.environ.get("LISTEN_PID") == str(os.getpid()) and count.isascii() and count.isdigit()
+        fds = list(range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count))) if own else []
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):  # listen_fds would leave them in os.environ
+        os.environ.pop(name, None)
+    return fds

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`load` and `unload`: idempotent, and the least that is right.
 
-    found                                  does
-    same program hash, pins alive          nothing, and never imports bcc
-    same layout, other program             attaches new programs to the same maps: counts go on
-    other layout                           new maps
-    half-written state, foreign pins       clears the collector's folder and loads anew, saying so
+found                                  does
+same program hash, pins alive          nothing, and never imports bcc
+same layout, other program             attaches new programs to the same maps: counts go on
+other layout                           new maps
+half-written state, foreign pins       clears the collector's folder and loads anew, saying so
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import fcntl
 import hashlib
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from daemon import __version__, build, compiler, manifest, pins
 from daemon.build import Request
 from daemon.config import CollectorConfig, Config
 from daemon.declare import Collector
-from daemon.errors import BpfmetricsdError, UnsupportedError
+from daemon.errors import UnsupportedError
 from daemon.manifest import DamagedManifest, Manifest
 
 ARCHITECTURES = ("x86_64",)
@@ -103,7 +102,9 @@ def _request(collector: Collector, config: Config, group: int) -> Request:
     )
 
 
-def load(config: Config, group: int, say: Say, only: frozenset[str] = frozenset(), force: bool = False) -> dict[str, Outcome]:
+def load(
+    config: Config, group: int, say: Say, only: frozenset[str] = frozenset(), force: bool = False
+) -> dict[str, Outcome]:
     """Brings the pins to what the configuration says. One collector's failure leaves the others in place."""
     preflight()
     pins.prepare_root(config.bpffs, group)
@@ -138,7 +139,9 @@ def _needed(request: Request, config: Config, force: bool) -> tuple[Request, str
         return wanted, f"{error}; loading anew"
     folder = config.bpffs / name
     if known is None or not known.maps:
-        return wanted, f"{folder} holds pins that no manifest speaks of; loading anew" if os.path.lexists(folder) else None
+        return wanted, f"{folder} holds pins that no manifest speaks of; loading anew" if os.path.lexists(
+            folder
+        ) else None
     faults = pins.faults(folder, known)
     if faults.maps:
         return wanted, f"{faults}; loading anew"
@@ -202,8 +205,5 @@ def unload(config: Config, only: frozenset[str] = frozenset()) -> list[str]:
 
 def _remove_state(state: Path) -> None:
     (state / ".lock").unlink(missing_ok=True)
-    try:
+    with suppress(OSError):  # systemd's RuntimeDirectory, or somebody's files
         state.rmdir()
-    except OSError:
-        pass  # systemd's RuntimeDirectory, or somebody's files
-

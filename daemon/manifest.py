@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was loaded, one JSON file a collector in the state folder: written last, and gone with the boot as the pins are."""
+"""What was loaded, one JSON file a collector: written last, and gone with the boot as the pins are."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ class MapShape:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`started` is when counting into these maps began, seconds since the epoch. `error` is set when the last load failed.
+    """What is loaded of one collector.
 
-    `generation` is what the control map must hold while these programs count. With an error and no maps nothing is loaded; with both, what had been loaded before counts on.
+    `started` is when counting into these maps began, in seconds since the epoch. `generation` is what the control map
+    must hold while these programs count. `error` is set when the last load failed: with no maps nothing is loaded,
+    with maps what had been loaded before counts on.
     """
 
     collector: str

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of pins: what lies there, whether it is ours, and how it changes hands.
 
-    <bpffs>/<collector>/{maps,links,programs}/<name>      0640 root:<group> (ring buffers 0660)
-    <bpffs>/<collector>-new/…                             half-written; swept away by the next load
+<bpffs>/<collector>/{maps,links,programs}/<name>      0640 root:<group> (ring buffers 0660)
+<bpffs>/<collector>-new/…                             half-written; swept away by the next load
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def faults(folder: Path, manifest: Manifest) -> Faults:
         path = folder / MAPS / name
         try:
             descriptor, info = open_map(path, writable=True)
-            if name == CONTROL and libbpf.map_lookup(descriptor, bytes(4), 8) != manifest.generation.to_bytes(8, "little"):
+            if name == CONTROL and libbpf.map_lookup(descriptor, bytes(4), 8) != manifest.generation.to_bytes(
+                8, "little"
+            ):
                 programs.append(f"{path} names another generation of programs")
             os.close(descriptor)
         except (OSError, ValueError) as error:

@@ -74,7 +74,9 @@ def _open_map(path: Path, shape: MapShape) -> OpenMap:
     wanted = (shape.type, shape.key_size, shape.value_size, shape.max_entries)
     if info.shape() != wanted or layout.size(shape.value) > info.value_size:
         os.close(descriptor)
-        raise BpfmetricsdError(f"{path} is a {info.type} map of another shape than its manifest says; run 'bpfmetricsd load'")
+        raise BpfmetricsdError(
+            f"{path} is a {info.type} map of another shape than its manifest says; run 'bpfmetricsd load'"
+        )
     cpus = libbpf.possible_cpus() if info.type in libbpf.PER_CPU else 1
     step = -(-info.value_size // 8) * 8 if info.type in libbpf.PER_CPU else info.value_size
     return OpenMap(descriptor, info, layout.decoder(shape.key), layout.decoder(shape.value), step * cpus, cpus)
@@ -129,9 +131,7 @@ class Pins:
         }
 
 
-def open_pins(
-    bpffs: Path, state: Path, collector: str, take: Callable[[Any], None] | None = None
-) -> Pins:
+def open_pins(bpffs: Path, state: Path, collector: str, take: Callable[[Any], None] | None = None) -> Pins:
     """Opens a collector's pins. `take` gets each decoded record of its ring buffer. Raises `BpfmetricsdError`."""
     try:
         stamp = manifest_stamp(state, collector)

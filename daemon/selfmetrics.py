@@ -45,8 +45,12 @@ BUILD = Metric("bpfmetricsd_build", "info", "Versions of the daemon, of the bcc 
 UP = _gauge("collector_up", "Whether the collector's programs are attached and its maps can be read.", "collector")
 HOOK = Metric("bpfmetricsd_collector_hook", "info", "Where each program is attached, and whether its count is exact.",
               ("collector", "program", "hook", "fidelity"))  # fmt: skip
-STARTED = _gauge("collector_started_timestamp_seconds", "When counting into the present maps began.", "collector", unit="seconds")
-READING = _gauge("collector_read_duration_seconds", "What the last reading of the maps took.", "collector", unit="seconds")
+STARTED = _gauge(
+    "collector_started_timestamp_seconds", "When counting into the present maps began.", "collector", unit="seconds"
+)
+READING = _gauge(
+    "collector_read_duration_seconds", "What the last reading of the maps took.", "collector", unit="seconds"
+)
 ENTRIES = _gauge("map_entries", "Entries in a map; maps that are always full are left out.", "collector", "map")
 ROOM = _gauge("map_max_entries", "Entries that a map can hold.", "collector", "map")
 MEMORY = _gauge("map_memory_bytes", "Kernel memory that a map takes.", "collector", "map", unit="bytes")
@@ -65,7 +69,9 @@ def families(units: Mapping[str, Unit]) -> list[Family]:
     loaded = {name: unit for name, unit in units.items() if unit.pins}
 
     def family(metric: Metric, rows: Callable[[str, Unit], Rows], of: Mapping[str, Unit] = loaded) -> Family:
-        return Family(metric, [Series((name, *labels), value) for name, unit in of.items() for labels, value in rows(name, unit)])
+        return Family(
+            metric, [Series((name, *labels), value) for name, unit in of.items() for labels, value in rows(name, unit)]
+        )
 
     bcc = next((unit.pins.manifest.bcc for unit in loaded.values() if unit.pins), "")
     return [

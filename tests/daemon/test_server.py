@@ -124,7 +124,8 @@ class Running:
     def call(self, function: Callable[[], None]) -> None:
         """Run `function` in the server's loop."""
         done = threading.Event()
-        self.server._loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        self.server._loop.call_soon_threadsafe(function)
+        self.server._loop.call_soon_threadsafe(done.set)
         assert done.wait(PATIENCE)
 
     def connections(self) -> int:
@@ -164,6 +165,10 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def wait_for_count(running: Running, connections: int) -> None:
+    wait_for(lambda: running.connections() == connections)
 
 
 def is_cut_off(client: socket.socket) -> bool:
@@ -438,7 +443,7 @@ def test_the_oldest_idle_connection_makes_room(monkeypatch: pytest.MonkeyPatch) 
         clients = []
         for count in range(1, 9):
             clients.append(stack.enter_context(running.connect()))
-            wait_for(lambda count=count: running.connections() == min(count, 5))
+            wait_for_count(running, min(count, 5))
         assert all(is_cut_off(client) for client in clients[:3])
         assert running.get("/metrics")[0].status == 200
         assert is_cut_off(clients[3])
@@ -626,11 +631,11 @@ def test_address_in_use_names_it_and_closes_the_others() -> None:
     (taken,) = listening.open_sockets([LOOPBACK])
     with taken:
         port = taken.getsockname()[1]
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         with pytest.raises(BpfmetricsdError) as failure:
             listening.open_sockets([LOOPBACK, Listen("127.0.0.1", port)])
         assert str(failure.value).startswith(f"cannot listen on 127.0.0.1:{port}: Address already in use; stop the")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @pytest.mark.parametrize(
@@ -648,7 +653,7 @@ def test_forbidden_port(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(socket.socket, "bind", forbid)
-    with pytest.raises(BpfmetricsdError, match="cannot listen on 127.0.0.1:80: Permission denied; start as root"):
+    with pytest.raises(BpfmetricsdError, match=r"cannot listen on 127\.0\.0\.1:80: Permission denied; start as root"):
         listening.open_sockets([Listen("127.0.0.1", 80)])
 
 

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+.PHONY: setup run test lint help
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+
+help: ## say what can be made
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## install what is missing to run (Debian packages, .venv), mount bpffs and tracefs
+	@packaging/bootstrap run
+
+run: setup ## load the collectors and serve http://127.0.0.1:10435/metrics
+	@exec .venv/bin/bpfmetricsd run
+
+test: ## run the tests (installs what is missing)
+	@packaging/bootstrap test
+	$(PYTHON) -m pytest -m 'not vm'
+
+lint: ## ruff, mypy, shell and YAML checks
+	@packaging/bootstrap test
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	shellcheck packaging/bootstrap .ci/run
+	$(PYTHON) -m yamllint -c config/yamllint.yaml config

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server serves: the engine, the journal and the configuration file behind one Protocol (`app.Source`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from daemon import __version__, page, reader, selfmetrics
+from daemon.config import CollectorConfig, Config
+from daemon.engine import Engine
+from daemon.journal import Journal
+from daemon.model import Family
+
+_STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
+_GONE = "the folder of pins was removed since this process started; restart bpfmetricsd after 'bpfmetricsd load'"
+
+
+def describe(engine: Engine, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON of `/status` and of `bpfmetricsd status --json`; `notes` is what a person should know beside it."""
+    found = engine.status()
+    return {
+        "version": __version__, "kernel": os.uname().release, "bpffs": str(engine.config.bpffs),
+        "ready": found["ready"] and not notes, "reasons": [*engine.ready(), *notes], "notes": [],
+        "bpf_stats_enabled": _counts_run_time(), **{key: found[key] for key in found if key != "ready"},
+    }  # fmt: skip
+
+
+def _counts_run_time() -> bool:
+    try:
+        return _STATISTICS.read_text().strip() == "1"
+    except OSError:
+        return False
+
+
+class Service:
+    """`bpffs` is the folder of pins as this process reaches it: `Path(".")` after the privileges to walk there are gone."""
+
+    def __init__(
+        self, path: Path, read: Callable[[Path], Config], config: Config, bpffs: Path, notes: Sequence[str] = ()
+    ) -> None:
+        self._path, self._read = path, read
+        self._began = self._config = config
+        self._bpffs = bpffs
+        self._notes = tuple(notes)
+        self._restart = ""
+        self._read_at = float("-inf")
+        self._up: Mapping[str, bool] = {}
+        self._engine = Engine(self._reachable(config), Journal().send if config.journal else None)
+
+    def names(self) -> frozenset[str]:
+        return self._engine.names()
+
+    def collect(self, names: frozenset[str] | None = None) -> list[Family]:
+        if names is None:
+            self._read_at = time.monotonic()
+        families = self._engine.collect(names)
+        self._up = _up(families) or self._up
+        return families
+
+    def ready(self) -> list[str]:
+        return [*self._engine.ready(), *self._gone()]
+
+    def status(self) -> dict[str, Any]:
+        found = describe(self._engine, self._gone())
+        return found | {"bpffs": str(self._began.bpffs), "notes": [*self._notes, *filter(None, [self._restart])]}
+
+    def page(self) -> str:
+        return page.render(self.status(), self.collect())
+
+    def tick(self) -> str:
+        """Takes the events; reads the maps when nobody has scraped for an interval. How all is, in a line for systemd."""
+        self._engine.drain()
+        if time.monotonic() - self._read_at >= self._began.interval:
+            self.collect()
+        up = sum(self._up.get(name, False) for name in self.names())
+        summary = f"{up} of {len(self.names())} collectors up"
+        return "; ".join([summary, *self.ready(), *self._notes, *filter(None, [self._restart])])
+
+    def reload(self) -> str:
+        """Raises UsageError, and then all stays as it was."""
+        before, after = self._config, self._read(self._path)
+        self._engine.configure(self._reachable(after))
+        self._config = after
+        keys = must_restart(self._began, after)
+        self._restart = f"restart bpfmetricsd to put {', '.join(keys)} in force" if keys else ""
+        written = {name: reader.manifest_stamp(self._began.state, name)[1] for name in after.collectors}
+        names = must_load(before, after, written, self._path.stat().st_ctime_ns)
+        load = f"run 'bpfmetricsd load' for {', '.join(names)}" if names else ""
+        count = f"configuration read again: {len(after.collectors)} collectors"
+        return "; ".join(filter(None, [count, load, self._restart]))
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _reachable(self, config: Config) -> Config:
+        return replace(config, bpffs=self._bpffs, state=self._began.state)
+
+    def _gone(self) -> list[str]:
+        """A process that reaches the folder of pins only because it stands in it cannot see the one that replaced it."""
+        return [_GONE] if not self._bpffs.is_absolute() and os.stat(self._bpffs).st_nlink == 0 else []
+
+
+def _up(families: Iterable[Family]) -> dict[str, bool]:
+    for family in families:
+        if family.metric is selfmetrics.UP:
+            return {series.labels[0]: bool(series.value) for series in family.series}
+    return {}
+
+
+def must_restart(began: Config, now: Config) -> list[str]:
+    """The keys that a running server cannot change."""
+    keys = {
+        "server.listen": began.server.listen != now.server.listen,
+        "server.web_config": began.server.web_config != now.server.web_config,
+        "interval": began.interval != now.interval,
+        "journal": began.journal != now.journal,
+        "bpffs": began.bpffs != now.bpffs,
+        "state": began.state != now.state,
+    }
+    return [key for key, changed in keys.items() if changed]
+
+
+def must_load(before: Config, after: Config, written_ns: Mapping[str, int], edited_ns: int) -> list[str]:
+    """The collectors whose programs are not what the file says: not loaded since it was edited, or no longer in it.
+
+    `written_ns` is when each collector's manifest was written (0: there is none), `edited_ns` when the file was.
+    """
+    names = []
+    for name, own in after.collectors.items():
+        known = before.collectors.get(name)
+        changed = known is None or _compiled(known) != _compiled(own)
+        if not written_ns[name] or (changed and written_ns[name] < edited_ns):
+            names.append(name)
+    return names + [name for name in before.collectors if name not in after.collectors]
+
+
+def _compiled(own: CollectorConfig) -> tuple[object, ...]:
+    """What is compiled into the programs."""
+    return (dict(own.options), own.exemplars, own.exemplar_interval if own.exemplars else None)
