@@ -65,8 +65,11 @@ def endpoints_of_words(words: Sequence[int]) -> Endpoints:
 def endpoints_labels(ends: Endpoints) -> tuple[tuple[str, str], ...]:
     """Exemplar labels and journal fields."""
     return (
-        ("laddr", ends.local), ("lport", str(ends.local_port)), ("raddr", ends.remote), ("rport", str(ends.remote_port)),
-    )  # fmt: skip
+        ("laddr", ends.local),
+        ("lport", str(ends.local_port)),
+        ("raddr", ends.remote),
+        ("rport", str(ends.remote_port)),
+    )
 
 
 def fit(labels: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

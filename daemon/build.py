@@ -55,7 +55,7 @@ def run(requests: Sequence[Request]) -> Iterator[tuple[Request, Manifest | str]]
         while waiting and len(running) < (os.cpu_count() or 1):
             request = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            words = tempfile.TemporaryFile()
+            words: IO[bytes] = tempfile.TemporaryFile()
             child = context.Process(
                 target=_child, args=(request, theirs, words), name=f"build {request.collector.name}"
             )
@@ -121,14 +121,21 @@ def build(request: Request) -> Manifest:
             planner.refuse(refused.program, refused.reason)
             continue
         break
-    started = _hand_over(request, plan, compiled, Descriptors(
-        {name: compiled.maps[name].descriptor for name in shapes}, links, programs), generation)  # fmt: skip
+    maps = {name: compiled.maps[name].descriptor for name in shapes}
+    started = _hand_over(request, plan, Descriptors(maps, links, programs), generation)
     return Manifest(
-        collector=request.collector.name, program_hash=request.program_hash, layout_hash=layout_hash, version=__version__,
-        bcc=request.bcc, generation=generation, options=request.options, maps=shapes, refused=plan.refused,
+        collector=request.collector.name,
+        program_hash=request.program_hash,
+        layout_hash=layout_hash,
+        version=__version__,
+        bcc=request.bcc,
         started=request.known.started if same and request.known else started,
-        programs={name: ProgramInfo(str(hook), why) for name, (hook, why) in plan.programs.items() if hook.kind != "iter"},
-    )  # fmt: skip
+        generation=generation,
+        options=request.options,
+        programs={name: ProgramInfo(str(hook), why) for name, (hook, why) in plan.programs.items() if name in links},
+        maps=shapes,
+        refused=plan.refused,
+    )
 
 
 def _shapes(compiled: Compiled) -> dict[str, MapShape]:
@@ -163,17 +170,20 @@ def _use_known_maps(request: Request, compiled: Compiled, shapes: Mapping[str, M
         os.close(descriptor)
 
 
-def _hand_over(request: Request, plan: Plan, compiled: Compiled, objects: Descriptors, generation: int) -> float:
-    """Pins the new, lets it count with one store, removes the old. Returns when counting began."""
+def _hand_over(request: Request, plan: Plan, objects: Descriptors, generation: int) -> float:
+    """Pins the new, lets it count with one store, removes the old. Returns when counting began.
+
+    Iterators run once, now that the programs count, and are not kept.
+    """
     name = request.collector.name
-    once = {program: hook for program, (hook, _) in plan.programs.items() if hook.kind == "iter"}
-    iterators = [objects.links.pop(program) for program in once]
-    for program in once:
-        objects.programs.pop(program)
+    iterators = []
+    for program, (hook, _) in plan.programs.items():
+        if hook.kind == "iter":
+            iterators.append(objects.links.pop(program))
+            objects.programs.pop(program)
     pins.pin(request.bpffs / f"{name}{pins.STAGING}", objects, request.group)
-    control = compiled.maps[CONTROL].descriptor
     started = time.time()
-    libbpf.map_update(control, bytes(4), generation.to_bytes(8, "little"))
+    libbpf.map_update(objects.maps[CONTROL], bytes(4), generation.to_bytes(8, "little"))
     pins.swap(request.bpffs, name)
     for link in iterators:
         libbpf.iterate(link)

@@ -117,8 +117,8 @@ class Collector:
     `structs` names the kernel structs and fields that the program reads; a field that ends in `?` may be
     missing, and `HAVE_<struct>_<field>` tells the program. `constants` are kernel enumerators (`enum.name`).
     `symbols` are kernel functions whose address and size the program uses, where `/proc/kallsyms` tells them.
-    `defines` turns options into `-D` definitions; what is off is not compiled. `decode` is pure and gets the rows of `tables`. `event`
-    turns one ring buffer record into a journal entry.
+    `defines` turns options into `-D` definitions; what is off is not compiled. `decode` is pure and gets the rows of
+    `tables`. `event` turns one ring buffer record into a journal entry.
     """
 
     name: str

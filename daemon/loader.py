@@ -78,9 +78,10 @@ def program_hash(request: Request) -> str:
     for source in sources:
         digest.update(source.read_bytes())
     facts = (
-        collector.parts, sorted(collector.structs.items()), collector.constants, collector.symbols, sorted(request.defines.items()),
-        sorted(request.forbidden), request.bcc, os.uname().release, os.uname().version, __version__,
-    )  # fmt: skip
+        *(collector.parts, sorted(collector.structs.items()), collector.constants, collector.symbols),
+        *(sorted(request.defines.items()), sorted(request.forbidden)),
+        *(request.bcc, os.uname().release, os.uname().version, __version__),
+    )
     digest.update(repr(facts).encode())
     return digest.hexdigest()
 

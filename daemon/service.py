@@ -20,14 +20,16 @@ _STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _GONE = "the folder of pins was removed since this process started; restart bpfmetricsd after 'bpfmetricsd load'"
 
 
-def describe(engine: Engine, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The JSON of `/status` and of `bpfmetricsd status --json`; `notes` is what a person should know beside it."""
+def describe(engine: Engine, bpffs: Path, reasons: Sequence[str] = (), notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON of `/status` and of `bpfmetricsd status --json`.
+
+    `reasons` say why not all is well, beside what the engine finds; `notes` are what a person should know.
+    """
     found = engine.status()
-    return {
-        "version": __version__, "kernel": os.uname().release, "bpffs": str(engine.config.bpffs),
-        "ready": found["ready"] and not notes, "reasons": [*engine.ready(), *notes], "notes": [],
-        "bpf_stats_enabled": _counts_run_time(), **{key: found[key] for key in found if key != "ready"},
-    }  # fmt: skip
+    every = [*engine.ready(), *reasons]
+    about = {"version": __version__, "kernel": os.uname().release, "bpffs": str(bpffs)}
+    health = {"ready": not every, "reasons": every, "notes": list(notes), "bpf_stats_enabled": _counts_run_time()}
+    return {**about, **found, **health}
 
 
 def _counts_run_time() -> bool:
@@ -66,8 +68,8 @@ class Service:
         return [*self._engine.ready(), *self._gone()]
 
     def status(self) -> dict[str, Any]:
-        found = describe(self._engine, self._gone())
-        return found | {"bpffs": str(self._began.bpffs), "notes": [*self._notes, *filter(None, [self._restart])]}
+        notes = [*self._notes, *filter(None, [self._restart])]
+        return describe(self._engine, self._began.bpffs, self._gone(), notes)
 
     def page(self) -> str:
         return page.render(self.status(), self.collect())
@@ -88,7 +90,8 @@ class Service:
         self._config = after
         keys = must_restart(self._began, after)
         self._restart = f"restart bpfmetricsd to put {', '.join(keys)} in force" if keys else ""
-        written = {name: reader.manifest_stamp(self._began.state, name)[1] for name in after.collectors}
+        every = {*before.collectors, *after.collectors}
+        written = {name: reader.manifest_stamp(self._began.state, name)[1] for name in every}
         names = must_load(before, after, written, self._path.stat().st_ctime_ns)
         load = f"run 'bpfmetricsd load' for {', '.join(names)}" if names else ""
         count = f"configuration read again: {len(after.collectors)} collectors"
@@ -126,7 +129,7 @@ def must_restart(began: Config, now: Config) -> list[str]:
 
 
 def must_load(before: Config, after: Config, written_ns: Mapping[str, int], edited_ns: int) -> list[str]:
-    """The collectors whose programs are not what the file says: not loaded since it was edited, or no longer in it.
+    """The collectors whose programs are not what the file says: not loaded since it was edited, or loaded and no longer in it.
 
     `written_ns` is when each collector's manifest was written (0: there is none), `edited_ns` when the file was.
     """
@@ -136,7 +139,7 @@ def must_load(before: Config, after: Config, written_ns: Mapping[str, int], edit
         changed = known is None or _compiled(known) != _compiled(own)
         if not written_ns[name] or (changed and written_ns[name] < edited_ns):
             names.append(name)
-    return names + [name for name in before.collectors if name not in after.collectors]
+    return names + [name for name in before.collectors if name not in after.collectors and written_ns[name]]
 
 
 def _compiled(own: CollectorConfig) -> tuple[object, ...]:

@@ -15,7 +15,7 @@ from daemon.reader import Pins
 
 @dataclass(slots=True)
 class Unit:
-    """`error`: it is down. `warning`: it counts, but its last load failed. `reading_s` is what the last reading took."""
+    """`error`: it is down. `warning`: it counts, but its last load failed. `reading_s`: what the last reading took."""
 
     collector: Collector
     config: CollectorConfig

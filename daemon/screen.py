@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `status`, `check` and `list` print: plain data in, lines out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import IO, Any
+
+from daemon.declare import Collector, Option
+
+Status = Mapping[str, Any]
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
+
+
+class Style:
+    """Colours and bold type; nothing where `on` is False."""
+
+    def __init__(self, on: bool) -> None:
+        self._on = on
+
+    def bold(self, text: str) -> str:
+        return self._wrap("1", text)
+
+    def good(self, text: str) -> str:
+        return self._wrap("32", text)
+
+    def bad(self, text: str) -> str:
+        return self._wrap("1;31", text)
+
+    def _wrap(self, code: str, text: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if self._on else text
+
+
+def style(stream: IO[str], environ: Mapping[str, str] = os.environ) -> Style:
+    """Colours on a terminal only, and not where NO_COLOR asks for none (no-color.org)."""
+    return Style(stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned columns; the last one may be as long as it likes."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def age(seconds: float) -> str:
+    """`2 h 13 min`: the two largest units."""
+    rest, parts = max(0, int(seconds)), []
+    for name, size in _UNITS:
+        if rest >= size or parts:
+            parts.append(f"{rest // size} {name}")
+            rest %= size
+    return " ".join(parts[:2]) or f"{rest} s"
+
+
+def size(number: int) -> str:
+    """`1.2 MiB`"""
+    amount = float(number)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
+def status(found: Status, now: float, look: Style) -> list[str]:
+    """One screen: the verdict, what is wrong, a table of collectors, what is approximate."""
+    collectors: Mapping[str, Status] = found["collectors"]
+    up = sum(one["up"] for one in collectors.values())
+    memory = sum(use["memory_bytes"] for one in collectors.values() for use in one.get("maps", {}).values())
+    lost = sum(sum(one.get("lost", {}).values()) for one in collectors.values())
+    verdict = look.good("all is well") if found["ready"] else look.bad("not well")
+    summary = f"{verdict}: {up} of {len(collectors)} collectors up, {size(memory)} of kernel memory, {_lost(lost)}"
+    lines = [summary, *(f"  {reason}" for reason in found["reasons"]), *(f"  note: {note}" for note in found["notes"])]
+    rows = [_HEAD, *(_row(name, one, now) for name, one in collectors.items())]
+    head, *body = columns(_without_empty(rows))
+    lines += ["", look.bold(head), *(body_line(line, one["up"], look) for line, one in zip(body, collectors.values(), strict=True))]
+    remarks = [remark for name, one in collectors.items() for remark in _remarks(name, one)]
+    if not found["bpf_stats_enabled"] and not any(_runs(one)[0] for one in collectors.values()):
+        remarks.append("the programs' cost is not counted; 'sysctl kernel.bpf_stats_enabled=1' turns that on")
+    return lines + ([""] if remarks else []) + remarks
+
+
+def body_line(line: str, up: bool, look: Style) -> str:
+    return line if up else look.bad(line)
+
+
+_HEAD = ("COLLECTOR", "STATE", "SINCE", "MEMORY", "FULLEST MAP", "LOST", "NS/RUN", "HOOKS")
+
+
+def _row(name: str, one: Status, now: float) -> tuple[str, ...]:
+    state = ("up" if one["error"] is None else "stale") if one["up"] else "down"
+    if "started" not in one:
+        return (name, state, "", "", "", "", "", "")
+    runs, time_ns = _runs(one)
+    cost = f"{time_ns / runs:.0f}" if runs else ""
+    memory = size(sum(use["memory_bytes"] for use in one["maps"].values()))
+    lost = sum(one["lost"].values())
+    return (name, state, age(now - one["started"]), memory, _fullest(one["maps"]), str(lost), cost, hooks(one["programs"]))
+
+
+def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Without the columns that no row fills."""
+    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    return [[row[i] for i in kept] for row in rows]
+
+
+def _lost(number: int) -> str:
+    return f"{number} events lost" if number else "no events lost"
+
+
+def _runs(one: Status) -> tuple[int, int]:
+    """Runs and nanoseconds of all of a collector's programs."""
+    programs = one.get("programs", {}).values()
+    return sum(each["runs"] for each in programs), sum(each["run_time_ns"] for each in programs)
+
+
+def _fullest(maps: Mapping[str, Status]) -> str:
+    """Of the maps whose entries are counted, and that so can fill up."""
+    counted = {name: use for name, use in maps.items() if use["entries"] is not None}
+    if not counted:
+        return ""
+    name, use = max(counted.items(), key=lambda item: item[1]["entries"] / item[1]["max_entries"])
+    return f"{name} {use['entries']} of {use['max_entries']}"
+
+
+def hooks(programs: Mapping[str, Status]) -> str:
+    """`tp_btf: sched_switch sched_wakeup; kprobe: …`"""
+    kinds: dict[str, list[str]] = {}
+    for one in programs.values():
+        kind, _, target = one["hook"].partition(":")
+        kinds.setdefault(kind, []).append(target)
+    return "; ".join(f"{kind}: {' '.join(dict.fromkeys(targets))}" for kind, targets in kinds.items())
+
+
+def _remarks(name: str, one: Status) -> Iterable[str]:
+    reasons = dict.fromkeys(each["reason"] for each in one.get("programs", {}).values() if each["reason"])
+    yield from (f"{name} is approximate: {reason}" for reason in reasons)
+    lost = ", ".join(f"{number} by {reason}" for reason, number in one.get("lost", {}).items() if number)
+    if lost:
+        yield f"{name} lost events: {lost}"
+    if one.get("series_dropped"):
+        yield f"{name} added {one['series_dropped']} label sets to 'other'; raise max_series to see them apart"
+
+
+def check(name: str, programs: Mapping[str, tuple[str, str]], refused: Mapping[str, str], look: Style) -> list[str]:
+    """One collector: where each program would hang (hook, reason why it is approximate), and what was passed over."""
+    reasons = list(dict.fromkeys(reason for _, reason in programs.values() if reason))
+    lines = [f"{look.bold(name)}: {'approximate' if reasons else 'exact'}"]
+    lines += [f"  {line}" for line in columns([(program, hook) for program, (hook, _) in programs.items()])]
+    lines += [f"  approximate: {reason}" for reason in reasons]
+    return lines + [f"  passed over: {what}: {why}" for what, why in refused.items()]
+
+
+def collectors(every: Iterable[Collector], look: Style) -> list[str]:
+    lines = []
+    for one in every:
+        lines.append(f"{look.bold(f'{one.name:<11}')} {one.summary}")
+        rows = [(option.name, _default(option), f"{option.help}{_bounds(option)}") for option in one.options]
+        lines += [f"{'':<13} {line}" for line in columns(rows)] if rows else []
+    return lines
+
+
+def _default(option: Option) -> str:
+    match option.default:
+        case bool():
+            return str(option.default).lower()
+        case tuple():
+            return f"[{', '.join(map(str, option.default))}]"
+        case other:
+            return str(other)
+
+
+def _bounds(option: Option) -> str:
+    match option.kind:
+        case "choice":
+            return f" ({' | '.join(option.choices)})"
+        case "int":
+            return f" ({option.minimum} to {option.maximum})"
+        case "ports":
+            return f" (at most {option.maximum})"
+        case _:
+            return ""
+
+
+Say = Callable[[str], None]

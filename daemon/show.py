@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bpfmetricsd show`: a collector in the terminal, as the bcc tool of the same name prints it.
+
+Families in, lines out; only `watch` sleeps and prints. Histograms are those of bcc's `print_log2_hist`. Their bounds are
+powers of two of a second, not of a microsecond, so the labels are those bounds, rounded: `0.95 -> 1.9`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from daemon import histogram
+from daemon.errors import UsageError
+from daemon.journal import escaped
+from daemon.model import Distribution, Family, Metric, Series
+
+STARS = 40
+_MILLISECONDS_FROM = 2.0**-10
+_CACHESTAT = {
+    "HITS": "bpf_page_cache_accesses", "MISSES": "bpf_page_cache_misses",
+    "DIRTIES": "bpf_page_cache_dirtied", "ADDED": "bpf_page_cache_added",
+}  # fmt: skip
+
+Group = tuple[str, ...]
+Bold = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How to print. `by` gives each value of a label a histogram of its own; `seconds` is None for since it began."""
+
+    by: str | None = None
+    seconds: float | None = None
+    bold: Bold = str
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The unit of a histogram's rows, how many a base unit has, and the bound at or below which all are one row."""
+
+    name: str
+    per_base: float
+    whole: bool = False
+    floor: float = 0.0
+
+    def edge(self, bound: float) -> str:
+        value = bound * self.per_base
+        return f"{value:.0f}" if self.whole or value >= 10 else f"{value:.2g}"
+
+    def above(self, bound: float) -> str:
+        """The row's low end: buckets are exclusive there, and of whole bytes the next one is the first."""
+        return self.edge(bound + 1) if self.whole else self.edge(bound)
+
+
+def scale(metric: Metric, total: Distribution) -> Scale:
+    """Milliseconds where nothing was ever faster than one; else microseconds."""
+    if metric.unit != "seconds":
+        return Scale(metric.unit or "value", 1, whole=True)
+    fast = any(n and bound <= _MILLISECONDS_FROM for bound, n in zip(metric.bounds, total.cumulative, strict=True))
+    return Scale("usecs", 1e6) if fast else Scale("msecs", 1e3, floor=_MILLISECONDS_FROM)
+
+
+def bars(metric: Metric, value: Distribution, unit: Scale) -> list[str]:
+    """bcc's picture, up to the last row that is not empty; the last row of all is what is above every bound."""
+    counts = [after - before for before, after in zip((0, *value.cumulative), (*value.cumulative, value.count), strict=True)]
+    kept = [(bound, n) for bound, n in zip((*metric.bounds, float("inf")), counts, strict=True) if bound >= unit.floor or n]
+    last = max((i for i, (_, n) in enumerate(kept) if n), default=-1)
+    most = max(counts)
+    lines = [f"     {unit.name:<19} : count     distribution"]
+    low = "0"
+    for bound, n in kept[: last + 1]:
+        high = "+Inf" if bound == float("inf") else unit.edge(bound)
+        lines.append(f"{low:>10} -> {high:<10} : {n:<8d} |{'*' * (STARS * n // most):<{STARS}}|")
+        low = unit.above(bound)
+    mean = value.sum / value.count * unit.per_base
+    return [*lines, "", f"avg = {mean:.0f} {unit.name}, total: {value.sum * unit.per_base:.0f} {unit.name}, count: {value.count}"]
+
+
+def grouped(family: Family, labels: Sequence[str]) -> dict[Group, float | Distribution]:
+    """The family's values, added up over all labels but these; a label that it does not have counts as absent."""
+    places = [family.metric.labels.index(label) for label in labels if label in family.metric.labels]
+    sums: dict[Group, float | Distribution] = {}
+    for series in family.series:
+        key = tuple(series.labels[place] for place in places)
+        known = sums.get(key)
+        sums[key] = series.value if known is None else _add(known, series.value)
+    return sums
+
+
+def _add(left: float | Distribution, right: float | Distribution) -> float | Distribution:
+    if isinstance(left, Distribution) and isinstance(right, Distribution):
+        return histogram.add(left, right)
+    assert not isinstance(left, Distribution) and not isinstance(right, Distribution)
+    return left + right
+
+
+def difference(after: Sequence[Family], before: Sequence[Family]) -> list[Family]:
+    """What came in between. A series that began again in the meantime counts whole."""
+    known = {(family.metric.name, one.labels): one for family in before for one in family.series}
+    return [
+        replace(family, series=[_series(one, known.get((family.metric.name, one.labels))) for one in family.series])
+        for family in after
+    ]
+
+
+def _series(after: Series, before: Series | None) -> Series:
+    if before is None or before.created != after.created:
+        return after
+    new, old = after.value, before.value
+    if isinstance(new, Distribution) and isinstance(old, Distribution):
+        cumulative = tuple(a - b for a, b in zip(new.cumulative, old.cumulative, strict=True))
+        return replace(after, value=Distribution(cumulative, new.count - old.count, new.sum - old.sum))
+    assert not isinstance(new, Distribution) and not isinstance(old, Distribution)
+    return replace(after, value=new - old)
+
+
+def render(shown: Sequence[Family], totals: Sequence[Family], view: View) -> list[str]:
+    """All families, a title before each where there are several. `totals` are since the beginning: they set the units."""
+    check_label(shown, view.by)
+    every = {family.metric.name: family for family in totals}
+    lines: list[str] = []
+    for family in shown:
+        if len(shown) > 1:
+            lines += ["", view.bold(family.metric.help)]
+        if family.metric.type == "histogram":
+            lines += _histograms(family, every.get(family.metric.name, family), view)
+        else:
+            lines += table(family, view)
+    return lines
+
+
+def check_label(families: Iterable[Family], by: str | None) -> None:
+    known = sorted({label for family in families for label in family.metric.labels})
+    if by is not None and by not in known:
+        raise UsageError(f"--by {by}: no such label; known: {', '.join(known) or 'none, as this collector has no labels'}")
+
+
+def _histograms(family: Family, totals: Family, view: View) -> list[str]:
+    labels = (view.by,) if view.by in family.metric.labels and view.by else ()
+    whole = grouped(totals, ()).get(())
+    unit = scale(family.metric, whole) if isinstance(whole, Distribution) else None
+    lines = []
+    for key, value in sorted(grouped(family, labels).items()):
+        if unit and isinstance(value, Distribution) and value.count:
+            lines += ["", f"{view.by} = {escaped(key[0])}"] if key else []
+            lines += bars(family.metric, value, unit)
+    return lines or ["     nothing counted"]
+
+
+def table(family: Family, view: View) -> list[str]:
+    """A counter: its labels and what is not zero, the most first."""
+    labels = (view.by,) if view.by in family.metric.labels and view.by else family.metric.labels
+    counted = [(key, value) for key, value in grouped(family, labels).items() if isinstance(value, (int, float)) and value]
+    if not counted:
+        return ["     nothing counted"]
+    rows = [[label.upper() for label in labels] + ["COUNT"] + ["PER_SECOND"] * (view.seconds is not None)]
+    for key, value in sorted(counted, key=lambda one: (-one[1], one[0])):
+        rate = [f"{value / view.seconds:.1f}"] if view.seconds else []
+        rows.append([*map(escaped, key), f"{value:.0f}", *rate])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = len(labels)
+    return [
+        "  ".join(f"{cell:<{width}}" if i < numbers else f"{cell:>{width}}"
+                  for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]  # fmt: skip
+
+
+def cachestat_header(timed: bool) -> str:
+    return ("%-9s" % "TIME" if timed else "") + "%8s %8s %8s %8s %12s %10s %8s" % (
+        "HITS", "MISSES", "DIRTIES", "HITRATIO", "BUFFERS_MB", "CACHED_MB", "ADDED",
+    )  # fmt: skip
+
+
+def cachestat(families: Iterable[Family], meminfo: str, now: str = "") -> str:
+    """bcc's cachestat line, in pages, with the pages added at its end. `meminfo` is the text of /proc/meminfo."""
+    sums = {family.metric.name: sum(int(one.value) for one in family.series if not isinstance(one.value, Distribution))
+            for family in families}  # fmt: skip
+    accesses, misses, dirties, added = (sums.get(name, 0) for name in _CACHESTAT.values())
+    hits = max(0, accesses - misses)
+    memory = _meminfo_mb(meminfo)
+    return (f"{now:<9}" if now else "") + "%8d %8d %8d %7.2f%% %12.0f %10.0f %8d" % (
+        hits, misses, dirties, 100 * hits / accesses if accesses else 0,
+        memory.get("Buffers", 0), memory.get("Cached", 0), added,
+    )  # fmt: skip
+
+
+def _meminfo_mb(text: str) -> dict[str, float]:
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key: int(rest.split()[0]) / 1024 for key, _, rest in pairs if rest.split()}
+
+
+def watch(read: Callable[[], Sequence[Family]], view: View, count: int | None, say: Callable[[str], None]) -> None:
+    """Prints once what was counted since the beginning, or with `view.seconds` what came in each interval."""
+    totals = read()
+    check_label(totals, view.by)
+    pages = bool(totals) and totals[0].metric.name in _CACHESTAT.values()
+    if pages:
+        say(view.bold(cachestat_header(timed=view.seconds is not None)))
+    if view.seconds is None:
+        began = min((one.created for family in totals for one in family.series if one.created), default=None)
+        if began and not pages:
+            say(f"Since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(began))}")
+        _print(totals, totals, view, say, pages, "")
+        return
+    due = time.monotonic()
+    while count is None or count > 0:
+        due += view.seconds
+        time.sleep(max(0.0, due - time.monotonic()))
+        before, totals = totals, read()
+        _print(difference(totals, before), totals, view, say, pages, time.strftime("%H:%M:%S"))
+        count = None if count is None else count - 1
+
+
+def _print(
+    shown: Sequence[Family], totals: Sequence[Family], view: View, say: Callable[[str], None], pages: bool, now: str
+) -> None:
+    if pages:
+        say(cachestat(shown, Path("/proc/meminfo").read_text(), now))
+        return
+    if now:
+        say(f"\n{now}")
+    say("\n".join(render(shown, totals, view)))
