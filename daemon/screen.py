@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 from daemon.declare import Collector, Option
+
+if TYPE_CHECKING:
+    from daemon.attach import Plan
 
 Status = Mapping[str, Any]
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
@@ -74,15 +77,13 @@ def status(found: Status, now: float, look: Style) -> list[str]:
     lines = [summary, *(f"  {reason}" for reason in found["reasons"]), *(f"  note: {note}" for note in found["notes"])]
     rows = [_HEAD, *(_row(name, one, now) for name, one in collectors.items())]
     head, *body = columns(_without_empty(rows))
-    lines += ["", look.bold(head), *(body_line(line, one["up"], look) for line, one in zip(body, collectors.values(), strict=True))]
+    lines += ["", look.bold(head), *(
+        line if one["up"] else look.bad(line) for line, one in zip(body, collectors.values(), strict=True)
+    )]
     remarks = [remark for name, one in collectors.items() for remark in _remarks(name, one)]
     if not found["bpf_stats_enabled"] and not any(_runs(one)[0] for one in collectors.values()):
         remarks.append("the programs' cost is not counted; 'sysctl kernel.bpf_stats_enabled=1' turns that on")
     return lines + ([""] if remarks else []) + remarks
-
-
-def body_line(line: str, up: bool, look: Style) -> str:
-    return line if up else look.bad(line)
 
 
 _HEAD = ("COLLECTOR", "STATE", "SINCE", "MEMORY", "FULLEST MAP", "LOST", "NS/RUN", "HOOKS")
@@ -143,13 +144,13 @@ def _remarks(name: str, one: Status) -> Iterable[str]:
         yield f"{name} added {one['series_dropped']} label sets to 'other'; raise max_series to see them apart"
 
 
-def check(name: str, programs: Mapping[str, tuple[str, str]], refused: Mapping[str, str], look: Style) -> list[str]:
-    """One collector: where each program would hang (hook, reason why it is approximate), and what was passed over."""
-    reasons = list(dict.fromkeys(reason for _, reason in programs.values() if reason))
+def check(name: str, plan: Plan, look: Style) -> list[str]:
+    """One collector: where each program would hang, why its counts are approximate, and what was passed over."""
+    reasons = list(dict.fromkeys(variant.approximate for variant in plan.variants.values() if variant.approximate))
     lines = [f"{look.bold(name)}: {'approximate' if reasons else 'exact'}"]
-    lines += [f"  {line}" for line in columns([(program, hook) for program, (hook, _) in programs.items()])]
+    lines += [f"  {line}" for line in columns([(program, str(hook)) for program, (hook, _) in plan.programs.items()])]
     lines += [f"  approximate: {reason}" for reason in reasons]
-    return lines + [f"  passed over: {what}: {why}" for what, why in refused.items()]
+    return lines + [f"  passed over: {what}: {why}" for what, why in plan.refused.items()]
 
 
 def collectors(every: Iterable[Collector], look: Style) -> list[str]:
@@ -181,6 +182,3 @@ def _bounds(option: Option) -> str:
             return f" (at most {option.maximum})"
         case _:
             return ""
-
-
-Say = Callable[[str], None]

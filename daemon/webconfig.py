@@ -277,12 +277,11 @@ def _read_users(found: _Field | None) -> dict[bytes, bytes]:
 
 
 def _usable(hashed: bytes) -> bool:
-    """Whether bcrypt takes the salt: tried at the lowest cost."""
+    """Whether bcrypt takes the salt as it is: tried at the lowest cost."""
     try:
-        _bcrypt().hashpw(b"", b"$2b$04$" + hashed[7:])
+        return bool(_bcrypt().hashpw(b"", b"$2b$04$" + hashed[7:])[7:29] == hashed[7:29])
     except ValueError:
         return False
-    return True
 
 
 def _bcrypt() -> Any:
