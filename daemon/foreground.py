@@ -175,7 +175,7 @@ def _step_down(job: Job, config: Config) -> tuple[Path, list[str]]:
 def reads_maps(user: str, bpffs: Path) -> bool:
     """Whether this kernel lets a process without capabilities read maps: tried in a child that has dropped its own.
 
-    Yes from 5.19 on: "bpf: Enable unprivileged bpf for map lookup and update" is what `git log` finds it by.
+    It does since 5.19 (commit "bpf: refine kernel.unprivileged_bpf_disabled behaviour").
     """
     child = os.fork()
     if child:

@@ -55,10 +55,15 @@ def preflight() -> None:
 
 
 def require_privileges() -> None:
-    effective = int(next(line for line in open("/proc/self/status") if line.startswith("CapEff")).split()[1], 16)
-    if effective >> _CAP_SYS_ADMIN & 1 or (effective >> _CAP_BPF & 1 and effective >> _CAP_PERFMON & 1):
-        return
-    raise UnsupportedError("loading and unloading BPF programs needs root (or CAP_BPF and CAP_PERFMON); use sudo")
+    """Loading and unloading need them. Raises `UnsupportedError`."""
+    if not may_load(Path("/proc/self/status").read_text()):
+        raise UnsupportedError("loading and unloading BPF programs needs root (or CAP_BPF and CAP_PERFMON); use sudo")
+
+
+def may_load(status: str) -> bool:
+    """Whether /proc/PID/status shows the capabilities that BPF programs of tracing types need."""
+    effective = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
+    return bool(effective >> _CAP_SYS_ADMIN & 1 or (effective >> _CAP_BPF & 1 and effective >> _CAP_PERFMON & 1))
 
 
 @contextmanager

@@ -258,7 +258,9 @@ def test_failed_load_keeps_what_was_loaded_before(folders: tuple[Path, Path], mo
 
 
 @pytest.mark.parametrize("kind", ["tp_btf", "raw_tp"])
-def test_no_hook_left_is_an_error_with_the_reasons(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_no_hook_left_is_an_error_with_the_reasons(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setenv(loader.FORBID, "tp_btf,raw_tp")
     outcomes = loader.load(configuration(folders, "{oomkill: {}}"), 0, print)
     assert outcomes["oomkill"].action == "failed"
