@@ -17,6 +17,10 @@
 
 enum operation { OPERATION_READ, OPERATION_WRITE, OPERATION_FLUSH, OPERATION_DISCARD, OPERATION_OTHER, OPERATIONS };
 
+struct disk_name {
+	char disk[DISK_NAME_LEN];
+};
+
 struct block_io_key {
 	char disk[DISK_NAME_LEN];
 	u32 operation;
@@ -53,8 +57,10 @@ struct inflight {
 BPF_TABLE("hash", u64, struct inflight, inflight, MAX_INFLIGHT);
 /* Hashes because disks come and go, and by name because device numbers are used again for other disks. */
 BPF_TABLE("hash", struct block_io_key, struct block_io, block_io, MAX_DEVICES * OPERATIONS);
-BPF_TABLE("hash", struct error_key, u64, block_io_errors, MAX_DEVICES * OPERATIONS);
-/* Takes what no longer fits into block_io, so that totals stay whole. */
+BPF_TABLE("hash", struct error_key, u64, block_io_errors, (MAX_DEVICES + 1) * OPERATIONS);
+/* Which disks have series of their own: all operations of one, or none. Asked only when a disk and operation are new. */
+BPF_TABLE("hash", struct disk_name, u64, disks, MAX_DEVICES);
+/* Takes the disks that find no place, so that totals stay whole. */
 BPF_ARRAY(block_io_other, struct block_io, OPERATIONS);
 /* All zero: a struct block_io is too large for the stack. */
 BPF_ARRAY(block_io_zero, struct block_io, 1);
@@ -155,6 +161,19 @@ PROGRAM(block_rq_issue)
 	return 0;
 }
 
+static __always_inline bool has_place(const struct block_io_key *key)
+{
+	struct disk_name name;
+	u64 one = 1;
+
+	__builtin_memcpy(name.disk, key->disk, sizeof(name.disk));
+	if (disks.lookup(&name))
+		return true;
+	disks.insert(&name, &one);
+	return disks.lookup(&name);
+}
+
+/* Renames the key to `other` where the disk has no place. */
 static __always_inline struct block_io *block_io_of(struct block_io_key *key)
 {
 	struct block_io *io = block_io.lookup(key), *zero;
@@ -163,10 +182,15 @@ static __always_inline struct block_io *block_io_of(struct block_io_key *key)
 	if (io)
 		return io;
 	zero = block_io_zero.lookup(&first);
-	if (zero)
+	if (zero && has_place(key)) {
 		block_io.insert(key, zero);
-	io = block_io.lookup(key);
-	return io ? io : block_io_other.lookup(&operation);
+		io = block_io.lookup(key);
+		if (io)
+			return io;
+	}
+	__builtin_memset(key->disk, 0, sizeof(key->disk));
+	__builtin_memcpy(key->disk, "other", sizeof("other"));
+	return block_io_other.lookup(&operation);
 }
 
 static __always_inline void count_error(struct block_io_key *of, s32 error)

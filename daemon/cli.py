@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
         status = command(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)  # a full disk shows here, not when Python ends
         return status
     except UsageError as error:
         complain(*error.problems)
@@ -79,6 +79,8 @@ def _unexpected(error: Exception) -> int:
     elif isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0].replace("_", "-")
         complain(f"the Python module {error.name} is missing; run 'make setup', or install python3-{package}")
+    elif isinstance(error, OSError):
+        complain(f"the system refused: {error}; run it again with {DEBUG}=1 to see where")
     else:
         what = f"{type(error).__name__}: {error}"
         complain(f"unexpected {what}; run it again with {DEBUG}=1 for the traceback, and report that")
@@ -127,7 +129,8 @@ def _add_servers(add: _Add) -> None:
                      help="unload at the end; a small process stays root for that")  # fmt: skip
     serve = add(
         "serve", commands.serve, "serve what is loaded, and load nothing",
-        "Started as root it becomes an ordinary user without capabilities; otherwise it needs the right to read the pins.",
+        "Started as root it becomes an ordinary user without capabilities; otherwise it needs the right to read the"
+        " pins.",
         "sudo bpfmetricsd serve --user bpfmetricsd",
     )  # fmt: skip
     for command in (run, serve):
@@ -138,7 +141,7 @@ def _add_loaders(add: _Add) -> None:
     load = add(
         "load", commands.load, "compile, attach and pin the programs that the configuration names",
         "Does the least that is right: what is loaded stays, what changed is replaced without losing counts, and what"
-        " the file no longer names is unloaded. One collector's failure leaves the others in place, with exit status 1.",
+        " the file no longer names is unloaded. One collector's failure leaves the others in place (exit status 1).",
         "sudo bpfmetricsd load --only biolatency,runqlat",
     )  # fmt: skip
     _add_user(load, "whose group may read the pins")
@@ -172,15 +175,17 @@ def _add_readers(add: _Add) -> None:
         "sudo bpfmetricsd show biolatency 5 3 --by device",
     )  # fmt: skip
     show.add_argument("collector", metavar="COLLECTOR", help="one that the configuration names; see 'list'")
-    show.add_argument("interval", metavar="INTERVAL", nargs="?", type=_seconds, help="seconds, or 250ms: what came in each")
-    show.add_argument("count", metavar="COUNT", nargs="?", type=_count, help="how many intervals; without it, until Ctrl-C")
+    show.add_argument("interval", metavar="INTERVAL", nargs="?", type=_seconds,
+                      help="seconds, or such as 250ms: print what came in each")  # fmt: skip
+    show.add_argument("count", metavar="COUNT", nargs="?", type=_count, help="how many; else until Ctrl-C")
     show.add_argument("--by", metavar="LABEL", help="one histogram for each value of this label")
     add("list", commands.list_collectors, "name every collector, with its options and their defaults",
         "The options go below the collector's name in the configuration.", "bpfmetricsd list")  # fmt: skip
 
 
 def _add_user(command: argparse.ArgumentParser, purpose: str) -> None:
-    command.add_argument("--user", metavar="U", help=f"{purpose} (default: bpfmetricsd if there is such a user, else nobody)")
+    default = "bpfmetricsd if there is such a user, else nobody"
+    command.add_argument("--user", metavar="U", help=f"{purpose} (default: {default})")
 
 
 def _names(text: str) -> frozenset[str]:
@@ -205,6 +210,6 @@ def _seconds(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:10]) and len(text) < 10):
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no count; write a whole number from 1 on")
     return int(text)

@@ -7,7 +7,6 @@ Each imports what it needs when it runs, so that the server never holds what the
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import pwd
@@ -77,10 +76,7 @@ def unload(arguments: argparse.Namespace) -> int:
     for name in arguments.only - known:
         raise UsageError(f"{name} is neither in {arguments.config} nor in {config.bpffs}; {_known(name, known)}")
     gone = loader.unload(config, arguments.only)
-    for name in gone:
-        print(f"{name}  unloaded")
-    if not gone:
-        print(f"nothing was loaded in {config.bpffs}")
+    print(f"unloaded {', '.join(gone)}" if gone else f"nothing was loaded in {config.bpffs}")
     return 0
 
 
@@ -105,12 +101,16 @@ def check(arguments: argparse.Namespace) -> int:
         except UnsupportedError as error:
             complain(str(error))
             status = error.status
-    print(f"This is what the kernel's BTF allows; nothing was loaded. bcc {compiler.version()} compiles on 'load', and the"
-          " kernel may still refuse a program then: the next hook takes its place.")  # fmt: skip
+    print(
+        f"This is what the kernel's BTF allows; nothing was loaded. 'load' compiles with bcc {compiler.version()}, and"
+        " where the kernel refuses a program then, its next hook takes the place."
+    )
     return status
 
 
 def status(arguments: argparse.Namespace) -> int:
+    import shutil
+
     from daemon import screen
     from daemon.engine import Engine
     from daemon.service import describe
@@ -125,7 +125,8 @@ def status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        print("\n".join(screen.status(found, time.time(), screen.style(sys.stdout))))
+        width = shutil.get_terminal_size((120, 24)).columns
+        print("\n".join(screen.status(found, time.time(), screen.style(sys.stdout), width)))
     return 0 if found["ready"] else 1
 
 
@@ -169,6 +170,8 @@ def read_config(path: Path) -> Config:
 
 
 def _known(name: str, known: Collection[str]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(name.lower(), known, 1)
     return f"{f'did you mean {close[0]}? ' if close else ''}known: {', '.join(sorted(known))}"
 
@@ -187,7 +190,10 @@ def _account(user: str | None) -> tuple[str, int]:
 def _job(arguments: argparse.Namespace) -> Job:
     from daemon.foreground import Job
 
-    return Job(arguments.config, read_config, *_account(arguments.user))
+    user, group = _account(arguments.user)
+    if pwd.getpwnam(user).pw_uid == 0:
+        raise UsageError(f"--user {user}: the server is never root; name an ordinary user such as nobody")
+    return Job(arguments.config, read_config, user, group)
 
 
 def _require_sight(config: Config) -> None:
@@ -201,4 +207,6 @@ def _require_sight(config: Config) -> None:
         seen = True
     if not seen:
         where = config.server.listen[0]
-        raise UnsupportedError(f"{config.bpffs} is closed to this user; use sudo, or ask the server: curl http://{where}/status")
+        raise UnsupportedError(
+            f"{config.bpffs} is closed to this user; use sudo, or ask the server: curl http://{where}/status"
+        )

@@ -19,13 +19,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from daemon import libbpf, pins, privileges, server, webconfig
+from daemon import libbpf, pins, privileges, server
 from daemon.config import Config
 from daemon.engine import Engine
 from daemon.errors import BpfmetricsdError, UnsupportedError
 from daemon.notify import Notifier
 from daemon.service import Service
+
+if TYPE_CHECKING:
+    from daemon.webconfig import WebConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 KEEPS_CAP_BPF = "keeps the capability CAP_BPF, without which this kernel (before 5.19) lets no process read maps"
@@ -72,8 +76,13 @@ def run(job: Job, unload_on_exit: bool) -> int:
     return _serve(job, config, web, sockets)
 
 
-def _web(config: Config) -> webconfig.WebConfig | None:
-    return webconfig.load(config.server.web_config) if config.server.web_config else None
+def _web(config: Config) -> WebConfig | None:
+    """Hashes and certificates take 2 MB, so only where they are asked for."""
+    if config.server.web_config is None:
+        return None
+    from daemon import webconfig
+
+    return webconfig.load(config.server.web_config)
 
 
 def _end_quietly() -> None:
@@ -87,14 +96,17 @@ def _end_quietly() -> None:
 
 
 def _load(job: Job) -> int:
-    """`bpfmetricsd load`, whose compiler's memory goes with it. Its exit status."""
+    """`bpfmetricsd load`, whose compiler's memory goes with it. Its exit status.
+
+    It gets a process group of its own, so that an end takes its compilers too, and none of them pins any more.
+    """
     command = [sys.executable, "-m", "daemon", "load", "--config", str(job.path), "--user", job.user]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": search})
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": search}, process_group=0)
     try:
         status = process.wait()
     except BaseException:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         raise
     return status if status >= 0 else _FAILED
@@ -141,7 +153,7 @@ def _guard(child: int) -> int:
             return code if code >= 0 else _FAILED
 
 
-def _serve(job: Job, config: Config, web: webconfig.WebConfig | None, sockets: Sequence[socket.socket]) -> int:
+def _serve(job: Job, config: Config, web: WebConfig | None, sockets: Sequence[socket.socket]) -> int:
     logging.basicConfig(format="bpfmetricsd: %(message)s", level=logging.INFO)
     notifier = Notifier()
     for name in _LATE_IMPORTS:

@@ -20,12 +20,23 @@ _FIELD_NAME_MAX = 64  # journald ignores fields with longer names
 _PLAIN_VALUE = re.compile(r"[\w./:@%+,-]+", re.ASCII)
 
 
+def _library() -> Callable[..., object] | None:
+    try:
+        send: Callable[..., object] = import_module("systemd.journal").send
+    except ImportError:
+        return None
+    return send
+
+
+# Imported with this module: later, the service's user may not be allowed to read the library.
+_send = _library()
+
+
 class Journal:
     """Sends events; one that cannot be sent is printed, and one that cannot be printed is lost. Nothing raises."""
 
     def __init__(self, socket: str = SOCKET) -> None:
         self._socket = Path(socket)
-        self._journal_send = _journal_send()
 
     def send(self, event: Event) -> None:
         if self._sent(event):
@@ -35,10 +46,10 @@ class Journal:
 
     def _sent(self, event: Event) -> bool:
         # journal.send loses the message without an error when nobody listens.
-        if self._journal_send is None or not self._socket.exists():
+        if _send is None or not self._socket.exists():
             return False
         try:
-            self._journal_send(_encodable(event.message), **entry(event))
+            _send(_encodable(event.message), **entry(event))
         except Exception:  # a full socket, a field that the library refuses: stderr is still there
             return False
         return True
@@ -90,11 +101,3 @@ def _quoted(value: str | int) -> str:
 def _encodable(text: str) -> str:
     """`text` without lone surrogates, which stand for bytes that are no UTF-8."""
     return text.encode(errors="replace").decode()
-
-
-def _journal_send() -> Callable[..., object] | None:
-    try:
-        send: Callable[..., object] = import_module("systemd.journal").send
-    except ImportError:
-        return None
-    return send

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page for people: collectors, their health, and a picture of each histogram. No scripts, nothing from elsewhere."""
+"""The page for people: collectors, their health, a picture of each histogram. No scripts, nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from daemon import histogram
 from daemon.model import Distribution, Family, Metric
 
 _WIDTH, _HEIGHT, _FOOT = 360, 90, 16
+_TIMES = ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s"))
+_SIZES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
 _LINKS = ("/metrics", "/status", "/-/ready", "/-/healthy")
 _STYLE = """
 :root { color-scheme: light dark; --line: #ccc; --bar: #2563a8; --bad: #b3261e; --dim: #666; }
@@ -38,10 +40,11 @@ def render(status: Mapping[str, Any], families: Sequence[Family]) -> str:
 <title>bpfmetricsd</title><style>{_STYLE}</style></head>
 <body>
 <h1>bpfmetricsd</h1>
-<p>{verdict} <span class="dim">Version {escape(status["version"])}, kernel {escape(status["kernel"])}.</span> {links}</p>
+<p>{verdict} <span class="dim">Version {escape(status["version"])}, kernel {escape(status["kernel"])}.</span></p>
+<p>{links}</p>
 {f"<ul>{remarks}</ul>" if remarks else ""}
 <table>
-<tr><th>Collector</th><th>State</th><th>Programs and hooks</th><th>Fidelity</th><th>Lost</th></tr>
+<tr><th>Collector</th><th>State</th><th>Hooks</th><th>Fidelity</th><th>Lost</th></tr>
 {rows}
 </table>
 <h2>Since counting began</h2>
@@ -53,10 +56,7 @@ def render(status: Mapping[str, Any], families: Sequence[Family]) -> str:
 
 def _row(name: str, one: Mapping[str, Any]) -> str:
     programs = one.get("programs", {})
-    hooks = "<br>".join(
-        f"<code>{escape(program)}</code> <span class=\"dim\">{escape(each['hook'])}</span>"
-        for program, each in programs.items()
-    )
+    hooks = "<br>".join(f"<code>{escape(each['hook'])}</code>" for each in programs.values())
     reasons = dict.fromkeys(each["reason"] for each in programs.values() if each["reason"])
     fidelity = "<br>".join(escape(f"approximate: {reason}") for reason in reasons) or ("exact" if programs else "")
     lost = "<br>".join(f"{count} {escape(reason)}" for reason, count in one.get("lost", {}).items() if count)
@@ -75,14 +75,16 @@ def _figure(family: Family) -> str:
         return ""
     metric = family.metric
     mean = _amount(total.sum / total.count, metric.unit)
-    caption = f"{escape(metric.help)}<br><span class=\"dim\"><code>{escape(metric.name)}</code>, {total.count} events, mean {mean}</span>"
+    facts = f"<code>{escape(metric.name)}</code>, {total.count} events, mean {mean}"
+    caption = f'{escape(metric.help)}<br><span class="dim">{facts}</span>'
     return f"<figure>{_svg(metric, total)}<figcaption>{caption}</figcaption></figure>"
 
 
 def _svg(metric: Metric, value: Distribution) -> str:
     """A bar for each bucket from the first to the last that holds something, and the bounds at both ends."""
     edges = (0.0, *metric.bounds, float("inf"))
-    counts = [after - before for before, after in zip((0, *value.cumulative), (*value.cumulative, value.count), strict=True)]
+    ends = (*value.cumulative, value.count)
+    counts = [after - before for before, after in zip((0, *value.cumulative), ends, strict=True)]
     used = [i for i, count in enumerate(counts) if count]
     first, last, most = used[0], used[-1], max(counts)
     step = _WIDTH / max(8, last - first + 1)
@@ -108,7 +110,7 @@ def _amount(value: float, unit: str) -> str:
     """A value in the unit that suits it: `31 ms`, `4.0 KiB`."""
     if value == float("inf"):
         return "∞"
-    steps = [(1e-6, "µs"), (1e-3, "ms"), (1.0, "s")] if unit == "seconds" else [(1.0, "B"), (1024.0, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB")]
+    steps = _TIMES if unit == "seconds" else _SIZES
     size, name = next((one for one in reversed(steps) if value >= one[0] * 0.95), steps[0])
     amount = value / size
-    return f"{amount:.0f} {name}" if amount >= 10 or amount == int(amount) else f"{amount:.1f} {name}"
+    return f"{amount:.0f} {name}" if amount >= 10 else f"{amount:.2g} {name}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
@@ -35,20 +36,28 @@ class Style:
         return f"\033[{code}m{text}\033[0m" if self._on else text
 
 
-def style(stream: IO[str], environ: Mapping[str, str] = os.environ) -> Style:
-    """Colours on a terminal only, and not where NO_COLOR asks for none (no-color.org)."""
-    return Style(stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
+def style(stream: IO[str] | None, environ: Mapping[str, str] = os.environ) -> Style:
+    """Colours on a terminal only, and not where NO_COLOR asks for none (no-color.org). None: stdout is closed."""
+    terminal = stream is not None and stream.isatty()
+    return Style(terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as aligned columns; the last one may be as long as it likes."""
+def columns(rows: Sequence[Sequence[str]], width: int = 0) -> list[str]:
+    """Rows as aligned columns. With a width, the last column is broken into lines where a row would pass it."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    indent = sum(widths[:-1]) + 2 * len(widths[:-1])
+    lines = []
+    for row in rows:
+        start = "".join(f"{cell:<{size}}  " for cell, size in zip(row[:-1], widths[:-1], strict=True))
+        parts = textwrap.wrap(row[-1], max(30, width - indent), break_on_hyphens=False) if width else [row[-1]]
+        lines.append(f"\n{'':<{indent}}".join([f"{start}{''.join(parts[:1])}".rstrip(), *parts[1:]]))
+    return lines
 
 
 def age(seconds: float) -> str:
     """`2 h 13 min`: the two largest units."""
-    rest, parts = max(0, int(seconds)), []
+    parts: list[str] = []
+    rest = max(0, int(seconds))
     for name, size in _UNITS:
         if rest >= size or parts:
             parts.append(f"{rest // size} {name}")
@@ -66,7 +75,7 @@ def size(number: int) -> str:
     return f"{amount:.1f} GiB"
 
 
-def status(found: Status, now: float, look: Style) -> list[str]:
+def status(found: Status, now: float, look: Style, width: int = 120) -> list[str]:
     """One screen: the verdict, what is wrong, a table of collectors, what is approximate."""
     collectors: Mapping[str, Status] = found["collectors"]
     up = sum(one["up"] for one in collectors.values())
@@ -76,12 +85,12 @@ def status(found: Status, now: float, look: Style) -> list[str]:
     summary = f"{verdict}: {up} of {len(collectors)} collectors up, {size(memory)} of kernel memory, {_lost(lost)}"
     lines = [summary, *(f"  {reason}" for reason in found["reasons"]), *(f"  note: {note}" for note in found["notes"])]
     rows = [_HEAD, *(_row(name, one, now) for name, one in collectors.items())]
-    head, *body = columns(_without_empty(rows))
+    head, *body = columns(_without_empty(rows), width)
     lines += ["", look.bold(head), *(
         line if one["up"] else look.bad(line) for line, one in zip(body, collectors.values(), strict=True)
     )]
     remarks = [remark for name, one in collectors.items() for remark in _remarks(name, one)]
-    if not found["bpf_stats_enabled"] and not any(_runs(one)[0] for one in collectors.values()):
+    if up and not found["bpf_stats_enabled"] and not any(_runs(one)[0] for one in collectors.values()):
         remarks.append("the programs' cost is not counted; 'sysctl kernel.bpf_stats_enabled=1' turns that on")
     return lines + ([""] if remarks else []) + remarks
 
@@ -97,7 +106,8 @@ def _row(name: str, one: Status, now: float) -> tuple[str, ...]:
     cost = f"{time_ns / runs:.0f}" if runs else ""
     memory = size(sum(use["memory_bytes"] for use in one["maps"].values()))
     lost = sum(one["lost"].values())
-    return (name, state, age(now - one["started"]), memory, _fullest(one["maps"]), str(lost), cost, hooks(one["programs"]))
+    since, where = age(now - one["started"]), hooks(one["programs"])
+    return (name, state, since, memory, _fullest(one["maps"]), str(lost), cost, where)
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -39,6 +39,8 @@ STOP_SECONDS = 1  # for answers under way when the service stops
 MAX_CONNECTIONS = 256
 MISSED_TICKS = 3  # after so many intervals without a good tick the watchdog is no longer fed
 
+_MALLOC = ((-8, 1), (-3, 1 << 17), (-1, 1 << 17))  # M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3)
+
 logger = logging.getLogger("bpfmetricsd.server")
 
 
@@ -57,6 +59,10 @@ def _h11_protocol() -> Any:
 
 
 H11Protocol: Any = _h11_protocol()
+# Named here because once the service's user serves, the folders of modules may be closed to it.
+ServerState: Any = importlib.import_module("uvicorn.server").ServerState
+Config: Any = importlib.import_module("uvicorn.config").Config
+importlib.import_module("uvicorn.lifespan.off")
 
 
 class Notify(Protocol):
@@ -132,6 +138,7 @@ class Server:
     web: WebConfig | None = None
     connections: set[Connection] = field(default_factory=set, init=False)
     _complaint: str = field(default="", init=False)
+    _failure: str = field(default="", init=False)
     _last_tick: float = field(default=0.0, init=False)
 
     async def run(self) -> None:
@@ -141,12 +148,9 @@ class Server:
         self._last_tick = self._loop.time()
         servers = await self._listen()
         if threading.current_thread() is threading.main_thread():
-            for number, handler in (
-                (signal.SIGTERM, self.stop),
-                (signal.SIGINT, self.stop),
-                (signal.SIGHUP, self.reload),
-            ):
-                self._loop.add_signal_handler(number, handler)
+            self._loop.add_signal_handler(signal.SIGTERM, self.stop)
+            self._loop.add_signal_handler(signal.SIGINT, self.stop)
+            self._loop.add_signal_handler(signal.SIGHUP, self.reload)
         for sock in self.sockets:
             print(f"listening on {url(sock, bool(self.web and self.web.context))}", flush=True)
         self.notify.ready()
@@ -158,6 +162,9 @@ class Server:
         for server in servers:
             server.close()
         await self._disconnect()
+        for server in servers:  # TLS handshakes; before Python 3.13 they end with the process
+            getattr(server, "abort_clients", lambda: None)()
+        await asyncio.sleep(0)  # what was aborted closes in the next round of the loop
 
     def stop(self) -> None:
         self._stop.set()
@@ -176,7 +183,7 @@ class Server:
         self.notify.ready(line)
 
     async def _listen(self) -> list[asyncio.Server]:
-        config = importlib.import_module("uvicorn.config").Config(
+        config = Config(
             App(self.source, self.web),
             http=Connection,
             ws="none",
@@ -190,7 +197,7 @@ class Server:
             timeout_keep_alive=IDLE_SECONDS,
         )
         config.load()
-        state = importlib.import_module("uvicorn.server").ServerState()
+        state = ServerState()
         # Newer versions want the state of the lifespan protocol, which is off.
         newer = "app_state" in inspect.signature(H11Protocol).parameters
         arguments = {"config": config, "server_state": state, **({"app_state": {}} if newer else {})}
@@ -238,8 +245,11 @@ class Server:
         try:
             line = self.source.tick()
         except Exception as error:
-            _log("periodic work failed", error)
+            if repr(error) != self._failure:  # not every few seconds
+                self._failure = repr(error)
+                _log("periodic work failed", error)
             return
+        self._failure = ""
         self._last_tick = self._loop.time()
         self.notify.status(f"{line}; {self._complaint}" if self._complaint else line)
 
@@ -268,11 +278,7 @@ def _save_memory() -> None:
     """Blocks of the size of a page of metrics come from mmap and go back to the kernel, and no thread gets an arena."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
-        for parameter, value in (
-            (-8, 1),
-            (-3, 1 << 17),
-            (-1, 1 << 17),
-        ):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        for parameter, value in _MALLOC:
             libc.mallopt(parameter, value)
     gc.collect()
     gc.freeze()

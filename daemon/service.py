@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from daemon.engine import Engine
 from daemon.journal import Journal
 from daemon.model import Family
 
+_log = logging.getLogger("bpfmetricsd")
 _STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _GONE = "the folder of pins was removed since this process started; restart bpfmetricsd after 'bpfmetricsd load'"
 
@@ -40,7 +42,7 @@ def _counts_run_time() -> bool:
 
 
 class Service:
-    """`bpffs` is the folder of pins as this process reaches it: `Path(".")` after the privileges to walk there are gone."""
+    """`bpffs` is the folder of pins as this process reaches it: `Path(".")` when it may no longer walk there."""
 
     def __init__(
         self, path: Path, read: Callable[[Path], Config], config: Config, bpffs: Path, notes: Sequence[str] = ()
@@ -75,7 +77,7 @@ class Service:
         return page.render(self.status(), self.collect())
 
     def tick(self) -> str:
-        """Takes the events; reads the maps when nobody has scraped for an interval. How all is, in a line for systemd."""
+        """Takes the events; reads the maps when nobody has scraped for an interval. A line that says how all is."""
         self._engine.drain()
         if time.monotonic() - self._read_at >= self._began.interval:
             self.collect()
@@ -95,7 +97,9 @@ class Service:
         names = must_load(before, after, written, self._path.stat().st_ctime_ns)
         load = f"run 'bpfmetricsd load' for {', '.join(names)}" if names else ""
         count = f"configuration read again: {len(after.collectors)} collectors"
-        return "; ".join(filter(None, [count, load, self._restart]))
+        line = "; ".join(filter(None, [count, load, self._restart]))
+        _log.info(line)
+        return line
 
     def close(self) -> None:
         self._engine.close()
@@ -104,7 +108,7 @@ class Service:
         return replace(config, bpffs=self._bpffs, state=self._began.state)
 
     def _gone(self) -> list[str]:
-        """A process that reaches the folder of pins only because it stands in it cannot see the one that replaced it."""
+        """A process that reaches the folder of pins because it stands in it cannot see the one that replaced it."""
         return [_GONE] if not self._bpffs.is_absolute() and os.stat(self._bpffs).st_nlink == 0 else []
 
 
@@ -129,7 +133,7 @@ def must_restart(began: Config, now: Config) -> list[str]:
 
 
 def must_load(before: Config, after: Config, written_ns: Mapping[str, int], edited_ns: int) -> list[str]:
-    """The collectors whose programs are not what the file says: not loaded since it was edited, or loaded and no longer in it.
+    """The collectors whose programs are not what the file says: loaded before it was edited, or no longer in it.
 
     `written_ns` is when each collector's manifest was written (0: there is none), `edited_ns` when the file was.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bpfmetricsd show`: a collector in the terminal, as the bcc tool of the same name prints it.
 
-Families in, lines out; only `watch` sleeps and prints. Histograms are those of bcc's `print_log2_hist`. Their bounds are
-powers of two of a second, not of a microsecond, so the labels are those bounds, rounded: `0.95 -> 1.9`.
+Families in, lines out; only `watch` sleeps and prints. Histograms look as bcc's `print_log2_hist` prints them. Bounds
+are powers of two of a second here, not of a microsecond, so the labels are those bounds, rounded: `0.95 -> 1.9`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from daemon.model import Distribution, Family, Metric, Series
 
 STARS = 40
 _MILLISECONDS_FROM = 2.0**-10
-_CACHESTAT = {
-    "HITS": "bpf_page_cache_accesses", "MISSES": "bpf_page_cache_misses",
-    "DIRTIES": "bpf_page_cache_dirtied", "ADDED": "bpf_page_cache_added",
+_PAGES = "bpf_page_cache_"
+_CACHESTAT = ("accesses", "misses", "dirtied", "added")
+_CACHESTAT_COLUMNS = {
+    "HITS": 8, "MISSES": 8, "DIRTIES": 8, "HITRATIO": 8, "BUFFERS_MB": 12, "CACHED_MB": 10, "ADDED": 8,
 }  # fmt: skip
 
 Group = tuple[str, ...]
@@ -39,7 +40,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The unit of a histogram's rows, how many a base unit has, and the bound at or below which all are one row."""
+    """The unit of a histogram's rows, how many a base unit has, and the bound of the first row (empty ones go unsaid)."""
 
     name: str
     per_base: float
@@ -58,25 +59,34 @@ class Scale:
 def scale(metric: Metric, total: Distribution) -> Scale:
     """Milliseconds where nothing was ever faster than one; else microseconds."""
     if metric.unit != "seconds":
-        return Scale(metric.unit or "value", 1, whole=True)
+        first = next((bound for bound, n in zip(metric.bounds, total.cumulative, strict=True) if n), 0.0)
+        return Scale(metric.unit or "value", 1, whole=True, floor=first)
     fast = any(n and bound <= _MILLISECONDS_FROM for bound, n in zip(metric.bounds, total.cumulative, strict=True))
     return Scale("usecs", 1e6) if fast else Scale("msecs", 1e3, floor=_MILLISECONDS_FROM)
 
 
+def buckets(value: Distribution) -> list[int]:
+    """What each bucket counts for itself; the last one is above every bound."""
+    ends = (*value.cumulative, value.count)
+    return [after - before for before, after in zip((0, *value.cumulative), ends, strict=True)]
+
+
 def bars(metric: Metric, value: Distribution, unit: Scale) -> list[str]:
     """bcc's picture, up to the last row that is not empty; the last row of all is what is above every bound."""
-    counts = [after - before for before, after in zip((0, *value.cumulative), (*value.cumulative, value.count), strict=True)]
-    kept = [(bound, n) for bound, n in zip((*metric.bounds, float("inf")), counts, strict=True) if bound >= unit.floor or n]
+    counts = buckets(value)
+    rows = zip((*metric.bounds, float("inf")), counts, strict=True)
+    kept = [(bound, n) for bound, n in rows if bound >= unit.floor or n]
     last = max((i for i, (_, n) in enumerate(kept) if n), default=-1)
     most = max(counts)
     lines = [f"     {unit.name:<19} : count     distribution"]
-    low = "0"
+    low = unit.above(max((bound for bound in metric.bounds if bound < unit.floor), default=-1.0)) if unit.whole else "0"
     for bound, n in kept[: last + 1]:
         high = "+Inf" if bound == float("inf") else unit.edge(bound)
         lines.append(f"{low:>10} -> {high:<10} : {n:<8d} |{'*' * (STARS * n // most):<{STARS}}|")
         low = unit.above(bound)
-    mean = value.sum / value.count * unit.per_base
-    return [*lines, "", f"avg = {mean:.0f} {unit.name}, total: {value.sum * unit.per_base:.0f} {unit.name}, count: {value.count}"]
+    total = value.sum * unit.per_base
+    mean = f"avg = {unit.edge(value.sum / value.count)} {unit.name}"
+    return [*lines, "", f"{mean}, total: {total:.0f} {unit.name}, count: {value.count}"]
 
 
 def grouped(family: Family, labels: Sequence[str]) -> dict[Group, float | Distribution]:
@@ -118,7 +128,7 @@ def _series(after: Series, before: Series | None) -> Series:
 
 
 def render(shown: Sequence[Family], totals: Sequence[Family], view: View) -> list[str]:
-    """All families, a title before each where there are several. `totals` are since the beginning: they set the units."""
+    """All families, each below a title where there are several. `totals`, since the beginning, set the units."""
     check_label(shown, view.by)
     every = {family.metric.name: family for family in totals}
     lines: list[str] = []
@@ -135,7 +145,8 @@ def render(shown: Sequence[Family], totals: Sequence[Family], view: View) -> lis
 def check_label(families: Iterable[Family], by: str | None) -> None:
     known = sorted({label for family in families for label in family.metric.labels})
     if by is not None and by not in known:
-        raise UsageError(f"--by {by}: no such label; known: {', '.join(known) or 'none, as this collector has no labels'}")
+        labels = f"known: {', '.join(known)}" if known else "this collector has none as it is configured"
+        raise UsageError(f"--by {by}: no such label; {labels}")
 
 
 def _histograms(family: Family, totals: Family, view: View) -> list[str]:
@@ -153,7 +164,8 @@ def _histograms(family: Family, totals: Family, view: View) -> list[str]:
 def table(family: Family, view: View) -> list[str]:
     """A counter: its labels and what is not zero, the most first."""
     labels = (view.by,) if view.by in family.metric.labels and view.by else family.metric.labels
-    counted = [(key, value) for key, value in grouped(family, labels).items() if isinstance(value, (int, float)) and value]
+    groups = grouped(family, labels).items()
+    counted = [(key, value) for key, value in groups if isinstance(value, (int, float)) and value]
     if not counted:
         return ["     nothing counted"]
     rows = [[label.upper() for label in labels] + ["COUNT"] + ["PER_SECOND"] * (view.seconds is not None)]
@@ -170,22 +182,20 @@ def table(family: Family, view: View) -> list[str]:
 
 
 def cachestat_header(timed: bool) -> str:
-    return ("%-9s" % "TIME" if timed else "") + "%8s %8s %8s %8s %12s %10s %8s" % (
-        "HITS", "MISSES", "DIRTIES", "HITRATIO", "BUFFERS_MB", "CACHED_MB", "ADDED",
-    )  # fmt: skip
+    return f"{'TIME':<9}" * timed + " ".join(f"{name:>{width}}" for name, width in _CACHESTAT_COLUMNS.items())
 
 
 def cachestat(families: Iterable[Family], meminfo: str, now: str = "") -> str:
     """bcc's cachestat line, in pages, with the pages added at its end. `meminfo` is the text of /proc/meminfo."""
-    sums = {family.metric.name: sum(int(one.value) for one in family.series if not isinstance(one.value, Distribution))
-            for family in families}  # fmt: skip
-    accesses, misses, dirties, added = (sums.get(name, 0) for name in _CACHESTAT.values())
+    sums = {family.metric.name: grouped(family, ()).get((), 0) for family in families}
+    accesses, misses, dirties, added = (sums.get(f"{_PAGES}{name}", 0) for name in _CACHESTAT)
+    assert not isinstance(accesses, Distribution) and not isinstance(misses, Distribution)
     hits = max(0, accesses - misses)
+    ratio = f"{100 * hits / accesses if accesses else 0:.2f}%"
     memory = _meminfo_mb(meminfo)
-    return (f"{now:<9}" if now else "") + "%8d %8d %8d %7.2f%% %12.0f %10.0f %8d" % (
-        hits, misses, dirties, 100 * hits / accesses if accesses else 0,
-        memory.get("Buffers", 0), memory.get("Cached", 0), added,
-    )  # fmt: skip
+    cells = (hits, misses, dirties, ratio, f"{memory['Buffers']:.0f}", f"{memory['Cached']:.0f}", added)
+    widths = _CACHESTAT_COLUMNS.values()
+    return f"{now:<9}" * bool(now) + " ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def _meminfo_mb(text: str) -> dict[str, float]:
@@ -197,30 +207,30 @@ def watch(read: Callable[[], Sequence[Family]], view: View, count: int | None, s
     """Prints once what was counted since the beginning, or with `view.seconds` what came in each interval."""
     totals = read()
     check_label(totals, view.by)
-    pages = bool(totals) and totals[0].metric.name in _CACHESTAT.values()
+    pages = bool(totals) and totals[0].metric.name.startswith(_PAGES)
     if pages:
         say(view.bold(cachestat_header(timed=view.seconds is not None)))
     if view.seconds is None:
-        began = min((one.created for family in totals for one in family.series if one.created), default=None)
-        if began and not pages:
-            say(f"Since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(began))}")
-        _print(totals, totals, view, say, pages, "")
+        say(cachestat(totals, _meminfo()) if pages else f"{_since(totals)}{_text(totals, totals, view)}")
         return
     due = time.monotonic()
     while count is None or count > 0:
         due += view.seconds
         time.sleep(max(0.0, due - time.monotonic()))
         before, totals = totals, read()
-        _print(difference(totals, before), totals, view, say, pages, time.strftime("%H:%M:%S"))
+        came, now = difference(totals, before), time.strftime("%H:%M:%S")
+        say(cachestat(came, _meminfo(), now) if pages else f"\n{now}\n{_text(came, totals, view)}")
         count = None if count is None else count - 1
 
 
-def _print(
-    shown: Sequence[Family], totals: Sequence[Family], view: View, say: Callable[[str], None], pages: bool, now: str
-) -> None:
-    if pages:
-        say(cachestat(shown, Path("/proc/meminfo").read_text(), now))
-        return
-    if now:
-        say(f"\n{now}")
-    say("\n".join(render(shown, totals, view)))
+def _text(shown: Sequence[Family], totals: Sequence[Family], view: View) -> str:
+    return "\n".join(render(shown, totals, view))
+
+
+def _since(families: Iterable[Family]) -> str:
+    began = min((one.created for family in families for one in family.series if one.created), default=None)
+    return f"Since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(began))}\n" if began else ""
+
+
+def _meminfo() -> str:
+    return Path("/proc/meminfo").read_text()

@@ -23,6 +23,8 @@ from typing import Any
 from daemon.config import Faults, _compose, _Field, _Fields, _kind, _read_bool, _read_choice, _read_items, _read_mapping
 from daemon.errors import UnsupportedError, UsageError
 
+import_module("concurrent.futures.thread")  # or asyncio.to_thread does, when the folder may be closed to our user
+
 CACHED_LOGINS = 64
 WAITING_LOGINS = 32
 PASSWORD_BYTES = 72  # bcrypt reads no further
@@ -190,8 +192,9 @@ def load(path: Path) -> WebConfig:
 def _mapping(found: _Field | None, *known: str) -> dict[str, _Field]:
     """The known keys of a mapping without those that mean nothing (`key:`), and a fault for what is not supported."""
     fields = _read_mapping(found, "key", known)
-    for key in _UNSUPPORTED.keys() & fields.keys():
-        fields[key].fault("not supported here", _UNSUPPORTED[key])
+    for key, field in fields.items():
+        if key in _UNSUPPORTED:
+            field.fault("not supported here", _UNSUPPORTED[key])
     return {key: field for key, field in fields.items() if _kind(field.node) != "null"}
 
 
@@ -199,8 +202,9 @@ def _read_tls(found: _Field | None, folder: Path) -> Tls | None:
     fields = _mapping(found, *_TLS_KEYS, *_TLS_LISTS, *_UNSUPPORTED)
     if found is None or not fields.keys() & {"cert_file", "key_file", "client_ca_file", "client_auth_type"}:
         return None
-    for key in {"cert_file", "key_file"} - fields.keys():
-        found.fault(f"{key} is missing", "name both cert_file and key_file")
+    for key in ("cert_file", "key_file"):
+        if key not in fields:
+            found.fault(f"{key} is missing", "name both cert_file and key_file")
     cert, key_, ca = (_read_file(fields.get(key), folder) for key in ("cert_file", "key_file", "client_ca_file"))
     client_auth = _CLIENT_AUTH[_read_choice(fields.get("client_auth_type"), "NoClientCert", _CLIENT_AUTH)]
     if client_auth == ssl.CERT_NONE and "client_ca_file" in fields:

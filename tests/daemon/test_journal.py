@@ -57,7 +57,7 @@ def test_a_refused_entry_goes_to_stderr(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(105, "No buffer space available")
 
-    monkeypatch.setattr(journal, "_journal_send", lambda: refuse)
+    monkeypatch.setattr(journal, "_send", refuse)
     (tmp_path / "socket").touch()
     journal.Journal(str(tmp_path / "socket")).send(EVENT)
     assert "BPF_PID=123" in capsys.readouterr().err
@@ -67,6 +67,7 @@ def test_without_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "systemd.journal", None)
+    monkeypatch.setattr(journal, "_send", journal._library())
     (tmp_path / "socket").touch()
     journal.Journal(str(tmp_path / "socket")).send(EVENT)
     assert "BPF_PID=123" in capsys.readouterr().err
