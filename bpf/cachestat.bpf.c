@@ -3,13 +3,19 @@
  * Page cache, in pages: accesses by reads and faults, misses, additions, dirtied pages.
  *
  * A miss is a page that was asked for and had to be added for it. Readahead adds more pages than were asked for, so
- * misses are not additions: per task, an addition counts as a miss when the request during which it happened covers it.
+ * misses are not additions: per task, additions wait until the request during which they happened tells its range.
  * mm_filemap_get_pages fires after the additions of its round, and again for each round of one read with the same end;
  * the request is counted at its first round, clamped to the file's size.
+ *
+ * A fault on a mapped file is one access, of the page that was touched. The kernel also maps cached pages around it; nobody
+ * asked for those (mm_filemap_map_pages names the whole window, mapped or not, again and again while holes are in it).
  */
 #include "program.h"
 
 #define PAGE_SHIFT 12
+#define TMPFS_MAGIC 0x01021994
+#define S_IFMT 0170000
+#define S_IFBLK 0060000
 
 #ifndef HAVE_folio_mapping /* before 5.16 the page cache is made of pages */
 #define folio page
@@ -27,18 +33,27 @@ static __always_inline void add(int counter, u64 amount)
 		__sync_fetch_and_add(count, amount);
 }
 
+/* Pages in the order of the file, one bit each; 4 MiB are more than one readahead reads. */
+#define WORDS 16
+#define PLACES (WORDS * 64)
+
 /* What a task is doing to the page cache. */
 struct reading {
 	u64 mapping; /* of the last request */
-	u64 last;    /* its end, and the call that made it */
+	u64 first;   /* its range, and the call that made it */
+	u64 end;
 	u64 call;
-	u64 index; /* where its last round began */
-	u64 added_mapping; /* pages that the task added in a row since its last request … */
-	u64 added_first;
-	u64 added_end;
-	u64 added_moment; /* … in one moment: no call and no fault ended in between */
-	u64 fault_mapping; /* a fault that is not finished yet */
+	u64 index;    /* where its last round began */
+	u64 switches; /* how often the task had waited by then */
+	u64 fault;    /* faults that the task had before the one that is not finished yet, plus 1 */
+	u64 fault_mapping;
 	u64 fault_index;
+	u64 added_mapping; /* what it added since, from page added_first on … */
+	u64 added_first;
+	u64 added_reason; /* … in this system call */
+	u64 added[WORDS];
+	u64 beyond; /* pages behind those bits, up to beyond_end */
+	u64 beyond_end;
 #ifdef HOOK_filemap_read_entry_kprobe
 	u64 read_iocb;
 	s64 read_before;
@@ -65,17 +80,22 @@ static __always_inline u64 call_of(struct task_struct *task)
 #endif
 }
 
-/* Grows also when a fault ends. */
-static __always_inline u64 moment_of(struct task_struct *task)
+/* Tells additions by a read from those by a write, fadvise or readahead before it. */
+static __always_inline u64 reason_of(struct task_struct *task)
 {
-	return call_of(task) + READ(task, maj_flt) + READ(task, min_flt);
+#ifdef READ_FUNCTION /* on kernels before 5.15 there is no bpf_task_pt_regs */
+	return call_of(task);
+#else
+	struct pt_regs *registers = (void *)bpf_task_pt_regs(task);
+
+	return READ(registers, orig_ax);
+#endif
 }
 
-static __always_inline u64 file_pages(struct address_space *mapping)
+/* Grows when a fault of the task ends, and not when it is tried again. */
+static __always_inline u64 faults_of(struct task_struct *task)
 {
-	struct inode *inode = READ(mapping, host);
-
-	return (READ(inode, i_size) + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT;
+	return READ(task, maj_flt) + READ(task, min_flt);
 }
 
 static __always_inline u64 overlap(u64 first, u64 end, u64 other_first, u64 other_end)
@@ -86,69 +106,121 @@ static __always_inline u64 overlap(u64 first, u64 end, u64 other_first, u64 othe
 	return to > from ? to - from : 0;
 }
 
-/* One request, or one round of it, for pages [first, end). */
-static __always_inline void request(struct task_struct *task, u64 mapping, u64 first, u64 end)
+static __always_inline u64 ones(u64 bits)
 {
-	struct reading *reading = reading_of(task);
-	u64 call = call_of(task);
-
-	if (!reading) {
-		add(ACCESSES, end > first ? end - first : 0);
-		return;
-	}
-	if (!(reading->mapping == mapping && reading->last == end && reading->call == call && first > reading->index))
-		add(ACCESSES, end > first ? end - first : 0);
-	if (reading->added_mapping == mapping && reading->added_moment == moment_of(task))
-		add(MISSES, overlap(first, end, reading->added_first, reading->added_end));
-	reading->mapping = mapping;
-	reading->last = end;
-	reading->call = call;
-	reading->index = first;
-	reading->added_mapping = 0;
-	reading->fault_mapping = 0;
+	bits -= bits >> 1 & 0x5555555555555555;
+	bits = (bits & 0x3333333333333333) + (bits >> 2 & 0x3333333333333333);
+	bits = (bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0f;
+	return bits * 0x0101010101010101 >> 56;
 }
 
-static __always_inline void fault(struct task_struct *task, u64 mapping, u64 index)
+/* The lowest n bits; n may be negative or more than 64. */
+static __always_inline u64 lowest(s64 n)
 {
-	struct reading *reading = reading_of(task);
+	return n <= 0 ? 0 : n >= 64 ? ~0ULL : (1ULL << n) - 1;
+}
 
-	add(ACCESSES, 1);
+/* A request, or one round of it, covers [first, end): what of it the task added, it missed. */
+static __always_inline void miss(struct reading *reading, struct task_struct *task, u64 mapping, u64 first, u64 end)
+{
+	u64 base = reading->added_first, missed = 0, covered;
+
+	reading->fault = 0;
+	if (!reading->added_mapping)
+		return;
+	if (reading->added_mapping == mapping && reading->added_reason == reason_of(task)) {
+#pragma unroll
+		for (int i = 0; i < WORDS; i++, base += 64)
+			missed += ones(reading->added[i] & lowest(end - base) & ~lowest(first - base));
+		covered = overlap(first, end, base, reading->beyond_end);
+		missed += covered < reading->beyond ? covered : reading->beyond;
+	}
+	reading->added_mapping = 0;
+	add(MISSES, missed);
+}
+
+static __always_inline bool is_block_device(struct address_space *mapping)
+{
+	struct inode *inode = READ(mapping, host);
+
+	return (READ(inode, i_mode) & S_IFMT) == S_IFBLK;
+}
+
+/* A folio's number of pages is a power of two, and its index a multiple of that. */
+static __always_inline void added(struct reading *reading, struct task_struct *task, struct address_space *mapping,
+				  u64 index, u64 count)
+{
+	u64 reason = reason_of(task), place;
+
+	if (reading->added_mapping != (u64)mapping || reading->added_reason != reason || index < reading->added_first) {
+		/* To read a file, its file system may have to read blocks of its own. */
+		if (reading->added_mapping && reading->added_reason == reason && is_block_device(mapping))
+			return;
+		reading->added_mapping = (u64)mapping;
+		reading->added_reason = reason;
+		reading->added_first = index & ~63ULL;
+		reading->beyond = 0;
+		__builtin_memset(reading->added, 0, sizeof(reading->added));
+	}
+	place = index - reading->added_first;
+	if (place + count > PLACES) {
+		reading->beyond += place + count - (place > PLACES ? place : PLACES);
+		reading->beyond_end = index + count;
+	}
+	if (place < PLACES && count < 64) {
+		reading->added[(place / 64) & (WORDS - 1)] |= lowest(count) << (place & 63);
+	} else {
+#pragma unroll
+		for (int i = 0; i < WORDS; i++)
+			reading->added[i] |= lowest(place + count - i * 64) & ~lowest(place - i * 64);
+	}
+}
+
+/* The first event of a fault counts, be it the fault itself or the mapping around it; a fault is tried several times. */
+static __always_inline void fault(u64 mapping, u64 index)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct reading *reading = reading_of(task);
+	u64 now = faults_of(task) + 1;
+
+	if (!reading || reading->fault != now)
+		add(ACCESSES, 1);
 	if (!reading)
 		return;
+	reading->fault = now;
 	reading->fault_mapping = mapping;
 	reading->fault_index = index;
-	reading->added_mapping = 0;
 }
 
-/* A fault maps the pages around it that are cached; the page of the fault itself has been counted already. */
-static __always_inline void map_around(struct task_struct *task, struct address_space *mapping, u64 first, u64 last)
-{
-	struct reading *reading = reading_of(task);
-	u64 end = last + 1, size = file_pages(mapping), count;
+#define ANY_PAGE ~0ULL
 
-	if (end > size)
-		end = size;
-	count = end > first ? end - first : 0;
-	if (reading && reading->fault_mapping == (u64)mapping) {
-		count -= overlap(first, end, reading->fault_index, reading->fault_index + 1);
-		reading->fault_mapping = 0;
-	}
-	add(ACCESSES, count);
+/* tmpfs has nothing behind it and its reads are not seen here, so that its faults do not count either. */
+static __always_inline void map_around(struct address_space *mapping)
+{
+	struct inode *inode = READ(mapping, host);
+	struct super_block *super = READ(inode, i_sb);
+
+	if (READ(super, s_magic) != TMPFS_MAGIC)
+		fault((u64)mapping, ANY_PAGE);
 }
 
 #ifdef READ_FUNCTION
-/* ssize_t filemap_read(struct kiocb *iocb, struct iov_iter *iter, ssize_t already_read): bytes, so pages, at its end. */
-static __always_inline int read_ended(struct kiocb *iocb, s64 before, s64 result)
+/* A function that read `bytes` up to `end`: bytes, so pages, once a call. */
+static __always_inline int read_ended(struct file *file, s64 end, s64 bytes)
 {
-	s64 bytes = result - before, end;
-	struct file *file;
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct reading *reading;
+	u64 first, last, mapping;
 
-	if (result <= 0 || bytes <= 0 || !counting())
+	if (bytes <= 0 || !counting())
 		return 0;
-	end = READ(iocb, ki_pos);
-	file = READ(iocb, ki_filp);
-	request(bpf_get_current_task_btf(), (u64)READ(file, f_mapping), (u64)(end - bytes) >> PAGE_SHIFT,
-		(u64)(end + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT);
+	mapping = (u64)READ(file, f_mapping);
+	first = (u64)(end - bytes) >> PAGE_SHIFT;
+	last = (u64)(end - 1) >> PAGE_SHIFT;
+	add(ACCESSES, last + 1 - first);
+	reading = reading_of(task);
+	if (reading)
+		miss(reading, task, mapping, first, last + 1);
 	return 0;
 }
 
@@ -162,9 +234,22 @@ static __always_inline struct address_space *mapping_of(struct vm_fault *vmf)
 
 #ifdef HOOK_filemap_read_fexit
 #define ARGUMENT(n, register) ctx[n]
+/* ssize_t filemap_read(struct kiocb *iocb, struct iov_iter *iter, ssize_t already_read) */
 PROGRAM(filemap_read)
 {
-	return read_ended((void *)ctx[0], ctx[2], ctx[3]);
+	struct kiocb *iocb = (void *)ctx[0];
+	s64 result = ctx[3];
+
+	return result > 0 ? read_ended(READ(iocb, ki_filp), READ(iocb, ki_pos), result - (s64)ctx[2]) : 0;
+}
+
+/* ssize_t filemap_splice_read(struct file *in, loff_t *ppos, struct pipe_inode_info *pipe, size_t len, unsigned int flags) */
+PROGRAM(filemap_splice_read)
+{
+	s64 end = 0;
+
+	bpf_probe_read_kernel(&end, sizeof(end), (void *)ctx[1]);
+	return read_ended((void *)ctx[0], end, ctx[5]);
 }
 #else
 /* A kretprobe does not see the arguments any more, so the task remembers them. */
@@ -183,8 +268,10 @@ PROGRAM(filemap_read_entry)
 PROGRAM(filemap_read_return)
 {
 	struct reading *reading = reading_of(bpf_get_current_task_btf());
+	struct kiocb *iocb = reading ? (void *)reading->read_iocb : NULL;
+	s64 result = ARGUMENT(3, ax);
 
-	return reading ? read_ended((void *)reading->read_iocb, reading->read_before, ARGUMENT(3, ax)) : 0;
+	return iocb && result > 0 ? read_ended(READ(iocb, ki_filp), READ(iocb, ki_pos), result - reading->read_before) : 0;
 }
 #endif
 
@@ -194,43 +281,125 @@ PROGRAM(filemap_fault)
 	struct vm_fault *vmf = (void *)ARGUMENT(0, di);
 
 	if (counting())
-		fault(bpf_get_current_task_btf(), (u64)mapping_of(vmf), READ(vmf, pgoff));
+		fault((u64)mapping_of(vmf), READ(vmf, pgoff));
 	return 0;
 }
 
 /* vm_fault_t filemap_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end) */
 PROGRAM(filemap_map_pages)
 {
-	struct vm_fault *vmf = (void *)ARGUMENT(0, di);
-
 	if (counting())
-		map_around(bpf_get_current_task_btf(), mapping_of(vmf), ARGUMENT(1, si), ARGUMENT(2, dx));
+		map_around(mapping_of((void *)ARGUMENT(0, di)));
 	return 0;
 }
 #else
+/* System calls of x86_64 that read from a file. */
+enum { CALL_read = 0, CALL_pread64 = 17, CALL_readv = 19, CALL_sendfile = 40, CALL_preadv = 295, CALL_preadv2 = 327 };
+
+#define FAR(pointer, field)                                                                  \
+	({                                                                                   \
+		typeof((pointer)->field) __value = 0;                                        \
+		bpf_probe_read_kernel(&__value, sizeof(__value), (void *)&(pointer)->field); \
+		__value;                                                                     \
+	})
+
+/*
+ * Where a request began whose first round seen begins at `index`. A round that found cached pages and then had to wait for a
+ * page that was being read gives those before it without an event ("err:" in filemap_get_pages), so that a
+ * request after a wait may have begun earlier: the system call tells where.
+ */
+static __always_inline u64 start_of(struct task_struct *task, struct reading *reading, u64 mapping, u64 index, u64 call)
+{
+	struct pt_regs *registers = (void *)bpf_task_pt_regs(task);
+	u64 number = READ(registers, orig_ax), descriptor = READ(registers, di), position = READ(registers, r10);
+	bool same_call = reading->mapping == mapping && reading->call == call;
+	struct files_struct *files;
+	struct fdtable *table;
+	struct file *file = NULL;
+
+	if (number == CALL_sendfile) {
+		if (same_call) /* the next piece of it */
+			return index < reading->end ? index : reading->end;
+		descriptor = READ(registers, si);
+		position = READ(registers, dx);
+		if (position)
+			bpf_probe_read_user(&position, sizeof(position), (void *)position);
+		else
+			position = -1;
+	} else if (number == CALL_read || number == CALL_readv) {
+		position = -1;
+	} else if (number != CALL_pread64 && number != CALL_preadv && number != CALL_preadv2) {
+		return index;
+	}
+	files = READ(task, files);
+	table = FAR(files, fdt);
+	bpf_probe_read_kernel(&file, sizeof(file), (void *)((u64)FAR(table, fd) + descriptor * sizeof(file)));
+	if (same_call || (u64)FAR(file, f_mapping) != mapping)
+		return index;
+	if (position == -1)
+		position = FAR(file, f_pos);
+	position >>= PAGE_SHIFT;
+	return position < index ? position : index;
+}
+
+static __always_inline u64 file_pages(struct address_space *mapping)
+{
+	struct inode *inode = READ(mapping, host);
+
+	return (READ(inode, i_size) + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT;
+}
+
+/*
+ * Whether `last_index` is the last page or the one after it: kernels differ ("filemap: fix the last_index of
+ * mm_filemap_get_pages"), and only a read of a single page shows which this is. The first program that starts shows it.
+ */
+BPF_ARRAY(last_included, u64, 1);
+
 PROGRAM(mm_filemap_get_pages)
 {
 	struct address_space *mapping = (void *)ctx[0];
-	u64 end = ctx[2], size;
+	struct task_struct *task = bpf_get_current_task_btf();
+	u64 index = ctx[1], end = ctx[2], call, switches;
+	struct reading *reading;
+	int only = 0;
+	u64 *included = last_included.lookup(&only);
 
-	if (!counting())
+	if (!included || !counting())
 		return 0;
-	size = file_pages(mapping);
-	request(bpf_get_current_task_btf(), (u64)mapping, ctx[1], end < size ? end : size);
+	if (!*included && index == end)
+		*included = 1;
+	end += *included;
+	reading = reading_of(task);
+	if (!reading) {
+		add(ACCESSES, overlap(index, end, 0, file_pages(mapping)));
+		return 0;
+	}
+	call = call_of(task);
+	switches = READ(task, nvcsw);
+	if (!(reading->mapping == (u64)mapping && reading->end == end && reading->call == call && index > reading->index)) {
+		reading->first = switches == reading->switches ? index : start_of(task, reading, (u64)mapping, index, call);
+		add(ACCESSES, overlap(reading->first, end, 0, file_pages(mapping)));
+	}
+	reading->mapping = (u64)mapping;
+	reading->end = end;
+	reading->call = call;
+	reading->index = index;
+	reading->switches = switches;
+	miss(reading, task, (u64)mapping, reading->first, end);
 	return 0;
 }
 
 PROGRAM(mm_filemap_fault)
 {
 	if (counting())
-		fault(bpf_get_current_task_btf(), ctx[0], ctx[1]);
+		fault(ctx[0], ctx[1]);
 	return 0;
 }
 
 PROGRAM(mm_filemap_map_pages)
 {
 	if (counting())
-		map_around(bpf_get_current_task_btf(), (void *)ctx[0], ctx[1], ctx[2]);
+		map_around((void *)ctx[0]);
 	return 0;
 }
 #endif
@@ -257,31 +426,23 @@ PROGRAM(mm_filemap_add_to_page_cache)
 {
 	struct folio *folio = (void *)ctx[0];
 	struct task_struct *task = bpf_get_current_task_btf();
+	struct address_space *mapping;
 	struct reading *reading;
-	u64 mapping, index, count, moment;
+	u64 index, count;
 
 	if (!counting())
 		return 0;
-	mapping = (u64)READ(folio, mapping);
+	mapping = READ(folio, mapping);
 	index = READ(folio, index);
 	count = folio_pages(folio);
 	add(ADDED, count);
 	reading = reading_of(task);
 	if (!reading)
 		return 0;
-	if (reading->fault_mapping == mapping && overlap(index, index + count, reading->fault_index, reading->fault_index + 1)) {
+	if (reading->fault != faults_of(task) + 1)
+		added(reading, task, mapping, index, count);
+	else if (reading->fault_mapping == (u64)mapping && overlap(index, index + count, reading->fault_index, reading->fault_index + 1))
 		add(MISSES, 1);
-		return 0;
-	}
-	moment = moment_of(task);
-	if (reading->added_mapping == mapping && reading->added_moment == moment && reading->added_end == index) {
-		reading->added_end = index + count;
-		return 0;
-	}
-	reading->added_mapping = mapping;
-	reading->added_moment = moment;
-	reading->added_first = index;
-	reading->added_end = index + count;
 	return 0;
 }
 

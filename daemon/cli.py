@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -198,7 +197,7 @@ def _path(text: str) -> Path:
 
 
 def _seconds(text: str) -> float:
-    from daemon.config import parse_duration
+    from daemon.fields import parse_duration
 
     try:
         seconds = parse_duration(f"{text}s" if text[-1:].isdigit() else text)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 KEEPS_CAP_BPF = "keeps the capability CAP_BPF, without which this kernel (before 5.19) lets no process read maps"
 _FAILED = 1
-_LATE_IMPORTS = ("uvicorn.server", "uvicorn.lifespan.off", "encodings.idna", "encodings.unicode_escape")
+_LATE_IMPORTS = ("uvicorn.server", "uvicorn.lifespan.off", "encodings.unicode_escape")
 _ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from prometheus_client import PROCESS_COLLECTOR
-
-from daemon import __version__
+from daemon import __version__, lean
 from daemon.model import Family, Metric, Series
 from daemon.unit import Unit
 
@@ -20,9 +19,21 @@ if TYPE_CHECKING:
 _UNITS = ("bytes", "seconds")
 
 
-def process_families(collector: ProcessCollector = PROCESS_COLLECTOR) -> list[Family]:
+def process_families(collector: ProcessCollector | None = None) -> list[Family]:
     """CPU time, memory, file descriptors and start time of this process; what `/proc` does not tell is left out."""
-    return [_family(metric) for metric in collector.collect()]
+    return [_family(metric) for metric in (collector or _own_process()).collect()]
+
+
+@cache
+def _own_process() -> ProcessCollector:
+    undo = lean.bare("prometheus_client", "python3-prometheus-client")
+    try:
+        from prometheus_client.process_collector import ProcessCollector
+        from prometheus_client.registry import CollectorRegistry
+
+        return ProcessCollector(registry=CollectorRegistry())
+    finally:
+        undo()
 
 
 def _family(metric: prometheus_client.metrics_core.Metric) -> Family:

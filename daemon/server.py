@@ -10,21 +10,23 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import importlib.util
+import importlib
 import inspect
 import logging
 import signal
 import socket
 import sys
 import threading
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import h11
 
+from daemon import lean
 from daemon.app import App, Source
-from daemon.errors import BpfmetricsdError, UnsupportedError
+from daemon.errors import BpfmetricsdError
 from daemon.listening import open_sockets, url
 
 if TYPE_CHECKING:
@@ -49,12 +51,9 @@ def _h11_protocol() -> Any:
 
     The package's own `__init__` is not run, as it imports a command line and a supervisor of processes (2 MB).
     """
-    spec = importlib.util.find_spec("uvicorn")
-    if spec is None:
-        raise UnsupportedError("the HTTP server needs the module uvicorn; install python3-uvicorn")
     if "uvicorn" not in sys.modules:
-        package = sys.modules["uvicorn"] = importlib.util.module_from_spec(spec)
-        vars(package)["Config"] = importlib.import_module("uvicorn.config").Config  # its modules ask for it
+        lean.bare("uvicorn", "python3-uvicorn")  # stays, for uvicorn imports more of itself while it runs
+        vars(sys.modules["uvicorn"])["Config"] = importlib.import_module("uvicorn.config").Config  # it asks for it
     return importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
 
 
@@ -203,6 +202,8 @@ class Server:
         arguments = {"config": config, "server_state": state, **({"app_state": {}} if newer else {})}
         context = self.web.context if self.web else None
         self.connections = state.connections
+        if context:
+            SSLProtocol.max_size = 1 << 14  # bytes of a record; each connection would hold 256 KiB
         return [
             await self._loop.create_server(
                 lambda: Connection(**arguments),

@@ -40,7 +40,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The unit of a histogram's rows, how many a base unit has, and the bound of the first row (empty ones go unsaid)."""
+    """The unit of a histogram's rows, how many a base unit has, and the bound below which empty rows go unsaid."""
 
     name: str
     per_base: float
@@ -103,8 +103,13 @@ def grouped(family: Family, labels: Sequence[str]) -> dict[Group, float | Distri
 def _add(left: float | Distribution, right: float | Distribution) -> float | Distribution:
     if isinstance(left, Distribution) and isinstance(right, Distribution):
         return histogram.add(left, right)
-    assert not isinstance(left, Distribution) and not isinstance(right, Distribution)
-    return left + right
+    return _number(left) + _number(right)
+
+
+def _number(value: float | Distribution) -> float:
+    if isinstance(value, Distribution):
+        raise TypeError("a histogram among counters")
+    return value
 
 
 def difference(after: Sequence[Family], before: Sequence[Family]) -> list[Family]:
@@ -123,8 +128,7 @@ def _series(after: Series, before: Series | None) -> Series:
     if isinstance(new, Distribution) and isinstance(old, Distribution):
         cumulative = tuple(a - b for a, b in zip(new.cumulative, old.cumulative, strict=True))
         return replace(after, value=Distribution(cumulative, new.count - old.count, new.sum - old.sum))
-    assert not isinstance(new, Distribution) and not isinstance(old, Distribution)
-    return replace(after, value=new - old)
+    return replace(after, value=_number(new) - _number(old))
 
 
 def render(shown: Sequence[Family], totals: Sequence[Family], view: View) -> list[str]:
@@ -187,9 +191,8 @@ def cachestat_header(timed: bool) -> str:
 
 def cachestat(families: Iterable[Family], meminfo: str, now: str = "") -> str:
     """bcc's cachestat line, in pages, with the pages added at its end. `meminfo` is the text of /proc/meminfo."""
-    sums = {family.metric.name: grouped(family, ()).get((), 0) for family in families}
+    sums = {family.metric.name: _number(grouped(family, ()).get((), 0)) for family in families}
     accesses, misses, dirties, added = (sums.get(f"{_PAGES}{name}", 0) for name in _CACHESTAT)
-    assert not isinstance(accesses, Distribution) and not isinstance(misses, Distribution)
     hits = max(0, accesses - misses)
     ratio = f"{100 * hits / accesses if accesses else 0:.2f}%"
     memory = _meminfo_mb(meminfo)

@@ -20,8 +20,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from daemon.config import Faults, _compose, _Field, _Fields, _kind, _read_bool, _read_choice, _read_items, _read_mapping
 from daemon.errors import UnsupportedError, UsageError
+from daemon.fields import Faults, Field, Fields, compose, kind_of, read_bool, read_choice, read_items, read_mapping
 
 import_module("concurrent.futures.thread")  # or asyncio.to_thread does, when the folder may be closed to our user
 
@@ -171,11 +171,11 @@ def load(path: Path) -> WebConfig:
     """Read and check the file. UsageError has a line for each fault; UnsupportedError: bcrypt is missing."""
     faults = Faults(str(path))
     try:
-        node = _compose(path.read_text(encoding="utf-8"), faults)
+        node = compose(path.read_text(encoding="utf-8"), faults)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UsageError(f"{path}: cannot be read ({reason}); correct server.web_config, or the file") from None
-    root = _Field(node, "", 1, faults) if node else None
+    root = Field(node, "", 1, faults) if node else None
     fields = _mapping(root, "tls_server_config", "http_server_config", "basic_auth_users", "rate_limit")
     tls = _read_tls(fields.get("tls_server_config"), path.parent)
     headers = _read_headers(fields.get("http_server_config"))
@@ -189,16 +189,16 @@ def load(path: Path) -> WebConfig:
         raise UsageError(f"{path}:{line}: tls_server_config: {_reason(error)}; check the files that it names") from None
 
 
-def _mapping(found: _Field | None, *known: str) -> dict[str, _Field]:
+def _mapping(found: Field | None, *known: str) -> dict[str, Field]:
     """The known keys of a mapping without those that mean nothing (`key:`), and a fault for what is not supported."""
-    fields = _read_mapping(found, "key", known)
+    fields = read_mapping(found, "key", known)
     for key, field in fields.items():
         if key in _UNSUPPORTED:
             field.fault("not supported here", _UNSUPPORTED[key])
-    return {key: field for key, field in fields.items() if _kind(field.node) != "null"}
+    return {key: field for key, field in fields.items() if kind_of(field.node) != "null"}
 
 
-def _read_tls(found: _Field | None, folder: Path) -> Tls | None:
+def _read_tls(found: Field | None, folder: Path) -> Tls | None:
     fields = _mapping(found, *_TLS_KEYS, *_TLS_LISTS, *_UNSUPPORTED)
     if found is None or not fields.keys() & {"cert_file", "key_file", "client_ca_file", "client_auth_type"}:
         return None
@@ -206,25 +206,25 @@ def _read_tls(found: _Field | None, folder: Path) -> Tls | None:
         if key not in fields:
             found.fault(f"{key} is missing", "name both cert_file and key_file")
     cert, key_, ca = (_read_file(fields.get(key), folder) for key in ("cert_file", "key_file", "client_ca_file"))
-    client_auth = _CLIENT_AUTH[_read_choice(fields.get("client_auth_type"), "NoClientCert", _CLIENT_AUTH)]
+    client_auth = _CLIENT_AUTH[read_choice(fields.get("client_auth_type"), "NoClientCert", _CLIENT_AUTH)]
     if client_auth == ssl.CERT_NONE and "client_ca_file" in fields:
         fields["client_ca_file"].fault("nothing uses it", "set client_auth_type to RequireAndVerifyClientCert")
     if client_auth != ssl.CERT_NONE and "client_ca_file" not in fields:
         fields["client_auth_type"].fault("no authority to verify with", "name its certificates with client_ca_file")
-    minimum = _VERSIONS[_read_choice(fields.get("min_version"), "TLS12", _VERSIONS)]
-    maximum = _VERSIONS[_read_choice(fields.get("max_version"), "TLS13", _VERSIONS)]
+    minimum = _VERSIONS[read_choice(fields.get("min_version"), "TLS12", _VERSIONS)]
+    maximum = _VERSIONS[read_choice(fields.get("max_version"), "TLS13", _VERSIONS)]
     ciphers = _read_ciphers(fields.get("cipher_suites"))
     if ciphers and not any(ciphers):  # only those of TLS 1.3
         minimum = ssl.TLSVersion.TLSv1_3
     if minimum > maximum:
         found.fault("no version of TLS is left", "let min_version be at most max_version, with a cipher suite for it")
-    _read_bool(fields.get("prefer_server_cipher_suites"), True)  # deprecated: it is so
+    read_bool(fields.get("prefer_server_cipher_suites"), True)  # deprecated: it is so
     if cert is None or key_ is None:
         return None
     return Tls(cert, key_, client_auth, ca, minimum, maximum, tuple(filter(None, ciphers)))
 
 
-def _read_file(found: _Field | None, folder: Path) -> Path | None:
+def _read_file(found: Field | None, folder: Path) -> Path | None:
     if found is None or not found.expect("write the path of a file", "str"):
         return None
     path = folder / str(found.node.value)
@@ -235,25 +235,25 @@ def _read_file(found: _Field | None, folder: Path) -> Path | None:
     return path
 
 
-def _read_ciphers(found: _Field | None) -> tuple[str, ...]:
+def _read_ciphers(found: Field | None) -> tuple[str, ...]:
     if found is None or not found.expect("write a list of cipher suites", "seq"):
         return ()
-    names = _read_items(found, len(_CIPHERS), lambda item: _read_choice(item, "", _CIPHERS) or None)
+    names = read_items(found, len(_CIPHERS), lambda item: read_choice(item, "", _CIPHERS) or None)
     return tuple(_CIPHERS[name] for name in names)
 
 
-def _read_headers(found: _Field | None) -> dict[bytes, bytes]:
+def _read_headers(found: Field | None) -> dict[bytes, bytes]:
     fields = _mapping(found, "headers", "http2")
-    _read_bool(fields.get("http2"), True)  # it is an offer; this server answers in HTTP/1.1
+    read_bool(fields.get("http2"), True)  # it is an offer; this server answers in HTTP/1.1
     headers = {}
-    for name, field in _read_mapping(fields.get("headers"), "header", _HEADERS).items():
+    for name, field in read_mapping(fields.get("headers"), "header", _HEADERS).items():
         values = _HEADERS[name]
-        text = _read_choice(field, "", values) if values else _read_text(field)
+        text = read_choice(field, "", values) if values else _read_text(field)
         headers[name.lower().encode()] = text.encode()
     return headers
 
 
-def _read_text(found: _Field) -> str:
+def _read_text(found: Field) -> str:
     allowed = "write printable ASCII text"
     if not found.expect(allowed, "str", "int"):
         return ""
@@ -263,10 +263,10 @@ def _read_text(found: _Field) -> str:
     return text
 
 
-def _read_users(found: _Field | None) -> dict[bytes, bytes]:
-    names = [key.value for key, _ in found.node.value] if found and _kind(found.node) == "map" else []
+def _read_users(found: Field | None) -> dict[bytes, bytes]:
+    names = [key.value for key, _ in found.node.value] if found and kind_of(found.node) == "map" else []
     users = {}
-    fields: _Fields = _read_mapping(found, "user", names)
+    fields: Fields = read_mapping(found, "user", names)
     for name, field in fields.items():
         allowed = "write what htpasswd -nBC 10 NAME prints after the colon"
         if not field.expect(allowed, "str"):

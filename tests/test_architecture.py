@@ -15,11 +15,47 @@ from daemon.model import Metric
 ROOT = Path(__file__).resolve().parent.parent
 
 # Data flows from left to right; a module imports only from modules before it.
-ORDER = (
-    "errors model declare histogram cgroups clock layout libbpf btf manifest pins config compiler attach build loader "
-    "reader unit selfmetrics engine exposition negotiation notify journal privileges listening webconfig app server "
-    "page show service cli __main__"
-).split()
+ORDER = [
+    "errors",
+    "model",
+    "declare",
+    "histogram",
+    "cgroups",
+    "clock",
+    "layout",
+    "libbpf",
+    "btf",
+    "manifest",
+    "pins",
+    "fields",
+    "config",
+    "compiler",
+    "attach",
+    "build",
+    "loader",
+    "lean",
+    "reader",
+    "unit",
+    "selfmetrics",
+    "engine",
+    "exposition",
+    "negotiation",
+    "notify",
+    "journal",
+    "privileges",
+    "listening",
+    "webconfig",
+    "app",
+    "server",
+    "page",
+    "screen",
+    "show",
+    "service",
+    "foreground",
+    "commands",
+    "cli",
+    "__main__",
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -11,9 +11,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from daemon.config import CollectorConfig, Config, Listen, ServerConfig, load, parse, parse_duration
+from daemon.config import CollectorConfig, Config, Listen, ServerConfig, load, parse
 from daemon.declare import Option
 from daemon.errors import UsageError
+from daemon.fields import parse_duration
 
 SHIPPED = Path(__file__).parents[2] / "config" / "bpfmetricsd.yaml"
 EVENTS_OFF = Option("events", "bool", False, "")

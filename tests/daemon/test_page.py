@@ -39,7 +39,9 @@ def status(**changes: Any) -> dict[str, Any]:
 
 def families() -> list[Family]:
     return [
-        Family(TIME, [Series(("vda",), Distribution((2, 5, 6), 6, 0.5)), Series(("vdb",), Distribution((0, 1, 1), 2, 9.0))]),
+        Family(
+            TIME, [Series(("vda",), Distribution((2, 5, 6), 6, 0.5)), Series(("vdb",), Distribution((0, 1, 1), 2, 9.0))]
+        ),
         Family(SIZE, [Series((), Distribution((0, 0), 0, 0.0))]),
         Family(Metric("kills", "counter", "Kills."), [Series((), 5)]),
     ]
@@ -101,4 +103,5 @@ def test_nothing_counted_and_not_well() -> None:
 def test_amounts_have_the_unit_that_suits_them() -> None:
     seconds = [page._amount(value, "seconds") for value in (0.0, 2.0**-20, 31e-6, 2.0**-10, 0.25, 32.0, float("inf"))]
     assert seconds == ["0 µs", "0.95 µs", "31 µs", "0.98 ms", "250 ms", "32 s", "∞"]
-    assert [page._amount(value, "bytes") for value in (1.0, 4096.0, 131072.0, 2.0**30)] == ["1 B", "4 KiB", "128 KiB", "1 GiB"]
+    sizes = [page._amount(value, "bytes") for value in (1.0, 4096.0, 131072.0, 2.0**30)]
+    assert sizes == ["1 B", "4 KiB", "128 KiB", "1 GiB"]

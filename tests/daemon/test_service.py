@@ -17,6 +17,7 @@ from daemon.app import Source
 from daemon.commands import read_config
 from daemon.config import CollectorConfig, Config, Listen, ServerConfig
 from daemon.errors import UsageError
+from daemon.model import Family
 from daemon.service import Service
 
 LOADED, EDITED = 2_000, 1_000
@@ -75,7 +76,8 @@ def test_new_and_removed_collectors() -> None:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     file = tmp_path / "config.yaml"
-    file.write_text(f"state: {tmp_path / 'state'}\nbpffs: {tmp_path / 'bpffs'}\ncollectors: {{runqlat: {{}}, oomkill: {{}}}}\n")
+    folders = f"state: {tmp_path / 'state'}\nbpffs: {tmp_path / 'bpffs'}\n"
+    file.write_text(f"{folders}collectors: {{runqlat: {{}}, oomkill: {{}}}}\n")
     return file
 
 
@@ -111,7 +113,12 @@ def test_tick_counts_those_that_are_up(source: Service, monkeypatch: pytest.Monk
 
 def test_tick_reads_only_when_nobody_has_scraped(source: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[frozenset[str] | None] = []
-    monkeypatch.setattr(source._engine, "collect", lambda names=None: calls.append(names) or [])
+
+    def collect(names: frozenset[str] | None) -> list[Family]:
+        calls.append(names)
+        return []
+
+    monkeypatch.setattr(source._engine, "collect", collect)
     source.tick()
     source.tick()
     source.collect(frozenset({"runqlat"}))

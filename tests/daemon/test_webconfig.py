@@ -342,7 +342,8 @@ def test_stop_with_tls_clients_connected(folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         with serving(web=load(folder, TLS)) as running:
             client = stack.enter_context(connected(running, folder))
-            stack.enter_context(running.connect())  # its handshake never comes; it goes with the process
+            stack.enter_context(running.connect())  # its handshake never comes
+            assert get(running, client_context(folder))[0] == 200
         assert is_cut_off(client)
 
 

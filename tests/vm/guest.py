@@ -58,7 +58,9 @@ class Result:
         return self.files.get(name, "")
 
 
+# PID 1: where the preparation fails, it ends and the kernel panics, which reads as a lost guest.
 _INSIDE = """\
+set -e
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb PYTHONDONTWRITEBYTECODE=1
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /tmp
@@ -66,11 +68,10 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-for controller in memory io cpu pids; do echo +$controller >/sys/fs/cgroup/cgroup.subtree_control; done
+echo "+memory +io +cpu +pids" >/sys/fs/cgroup/cgroup.subtree_control
 mount -t bpf -o mode=0700 bpf /sys/fs/bpf
 mount -t tracefs -o mode=0700 tracefs /sys/kernel/tracing
 depmod
-hostname guest
 ip link set lo up
 mkdir /run/results
 results=/run/results
@@ -82,7 +83,7 @@ run() { # name command...
 	name=$1
 	shift
 	echo "guest: $name"
-	{ "$@"; echo $? >$results/$name.status; } 2>&1 </dev/null | tee $results/$name.out
+	{ status=0; "$@" || status=$?; echo $status >$results/$name.status; } 2>&1 </dev/null | tee $results/$name.out
 	report
 }
 """

@@ -54,7 +54,7 @@ GUESTS = (
 PACKAGES = (
     "python3-bpfcc", "libbpf1", "python3-prometheus-client", "python3-yaml", "python3-systemd", "python3-uvicorn",
     "python3-pytest", "python3-hypothesis", "fio", "iptables", "iproute2", "iputils-ping", "xfsprogs", "e2fsprogs", "util-linux",
-    "procps", "kmod",
+    "mount", "procps", "kmod",
 )  # fmt: skip
 _UNPACKED_NOT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 
@@ -278,10 +278,11 @@ def _make_kernel(guest: Guest, folder: Path) -> None:
     apt = Apt(guest.kernel_suite, folder / "apt")
     release = newest(apt.names(f"linux-image-{guest.name}."), guest.name)
     # Image, modules and the rest are packages of their own from 7.x on.
-    parts = {f"linux-{part}-{release}" for part in ("image", "binary", "modules")}
+    parts = {f"linux-{part}-{release}" for part in ("image", "binary", "modules", "base")}
     apt.unpack(sorted(parts & set(apt.names("linux-"))), tree)
     Apt(guest.userland, folder / "userland").unpack(["busybox-static"], folder / "busybox")
-    shutil.copy(next(path for path in tree.rglob(f"vmlinuz*{release}")), made / "vmlinuz")
+    (vmlinuz,) = [*tree.glob("boot/vmlinuz-*"), *tree.rglob("lib/modules/*/vmlinuz")]
+    shutil.copy(vmlinuz, made / "vmlinuz")
     (busybox,) = [path for path in (folder / "busybox").rglob("bin/busybox") if path.is_file()]
     files: list[tuple[str, int, bytes]] = [
         ("bin", 0o40755, b""), ("modules", 0o40755, b""), ("bin/busybox", 0o100755, busybox.read_bytes()),

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules of a package without the package's `__init__`.
+
+Some libraries import all they have at once: prometheus-client its HTTP servers, and with them Python's e-mail and URL
+modules, uvicorn its command line. A server of 32 MB that needs one module of each does not have to carry the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+
+from daemon.errors import UnsupportedError
+
+
+def bare(package: str, install: str) -> Callable[[], None]:
+    """Lets the modules of a package be imported without running its `__init__`; returns what undoes it.
+
+    Does nothing where the package is imported already. Raises `UnsupportedError` where it is missing.
+    """
+    if package in sys.modules:
+        return lambda: None
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UnsupportedError(f"the Python module {package} is missing; install the package {install}")
+    sys.modules[package] = importlib.util.module_from_spec(spec)
+
+    def undo() -> None:
+        """Whoever imports the package later gets the whole of it."""
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            del sys.modules[name]
+
+    return undo
