@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,11 +92,10 @@ def parse(raw: Any) -> Manifest:
 def write(state: Path, manifest: Manifest) -> None:
     """Written to a temporary file and renamed, so that a reader sees the old one or the new one."""
     state.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=state, prefix=f".{manifest.collector}.", delete=False) as stream:
-        json.dump({"format": FORMAT, **asdict(manifest)}, stream)
-        stream.flush()
-        os.fchmod(stream.fileno(), 0o644)
-    os.replace(stream.name, path(state, manifest.collector))
+    temporary = state / f".{manifest.collector}.{os.getpid()}"
+    temporary.write_text(json.dumps({"format": FORMAT, **asdict(manifest)}))
+    temporary.chmod(0o644)
+    temporary.replace(path(state, manifest.collector))
 
 
 def remove(state: Path, collector: str) -> None:

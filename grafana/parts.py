@@ -14,10 +14,9 @@ from typing import TypeVar
 from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.builders import heatmap as heatmaps
-from grafana_foundation_sdk.builders import prometheus
+from grafana_foundation_sdk.builders import prometheus, timeseries
 from grafana_foundation_sdk.builders import stat as stats
 from grafana_foundation_sdk.builders import table as tables
-from grafana_foundation_sdk.builders import timeseries
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common
 from grafana_foundation_sdk.models import dashboard as models
@@ -76,7 +75,7 @@ def grown(counter: str, selector: str, by: str) -> str:
 
 
 def total(series: str) -> str:
-    """The whole number of events in the dashboard's time range; `series` is a sum that exists before the first event."""
+    """How many events the dashboard's time range has; `series` is a sum that exists before the first event."""
     return f"round(sum(increase(({series})[$__range:$__interval])))"
 
 
@@ -177,7 +176,7 @@ def heatmap(
         )
         .filter_values(heatmaps.FilterValueRange().le(1e-9))
         .tooltip(heatmaps.HeatmapTooltip().mode(common.TooltipDisplayMode.SINGLE).y_histogram(True))
-        .exemplars(heatmaps.ExemplarConfig().color("rgba(255,0,255,0.7)"))
+        .exemplars_color("rgba(255,0,255,0.7)")
         .show_legend()
     )
 
@@ -222,7 +221,7 @@ def table(
         link = {"title": "This host", "url": f"/d/{to}?${{__url_time_range}}&${{datasource:queryparam}}"
                 "&var-job=${__data.fields.job}&var-instance=${__data.fields.instance}"}  # fmt: skip
         panel.override_by_name("instance", [models.DynamicConfigValue("links", [link])])
-    return panel.sort_by([common.TableSortByFieldState(sort, True)]) if sort else panel
+    return panel.sort_by([common_builders.TableSortByFieldState().display_name(sort).desc(True)]) if sort else panel
 
 
 def row(title: str) -> builders.Row:
@@ -269,8 +268,9 @@ def board(
     description: str,
     panels: Sequence[Builder[Panel] | builders.Row],
     *variables: builders.QueryVariable,
+    several: bool = True,
 ) -> Dashboard:
-    job = variable("job", "bpfmetricsd_build_info")
+    """A dashboard of one host (`several=False`) or of any number, with these variables after job and instance."""
     made = (
         builders.Dashboard(title)
         .uid(uid)
@@ -280,9 +280,9 @@ def board(
         .refresh("30s")
         .timezone("browser")
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
-        .readonly()
         .with_variable(builders.DatasourceVariable("datasource").label("data source").type("prometheus"))
-        .with_variable(job)
+        .with_variable(variable("job", "bpfmetricsd_build_info"))
+        .with_variable(variable("instance", 'bpfmetricsd_build_info{job=~"$job"}', several))
         .annotation(_kills())
         .link(
             builders.DashboardLink("bpfmetricsd")

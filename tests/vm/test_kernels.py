@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel tests on other kernels: each guest loads every collector, and runs `pytest -m kernel` by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tests.vm import guest, images
+from tests.vm.conftest import BOOTS, Case, Report, cases
+from tests.vm.guest import Command, Result
+from tests.vm.images import CannotBuildError, Guest
+
+pytestmark = pytest.mark.vm
+
+CHOICE = "BPFMETRICSD_VM"  # guests by name, with commas
+TESTS = "BPFMETRICSD_VM_TESTS"  # arguments for the guest's pytest
+HOOKS = Path(__file__).with_name("hooks.txt")
+
+_PYTHON = "/usr/bin/python3"
+_LOADS = Command("loads", (_PYTHON, "-m", "tests.vm.loads", "results/loads.json"), {})
+
+
+def _pytest() -> Command:
+    wanted = shlex.split(os.environ.get(TESTS, "")) or ["tests/kernel"]
+    arguments = (
+        *(_PYTHON, "-m", "pytest", "-v", "-m", "kernel", "-p", "no:cacheprovider", "--junitxml", "results/junit.xml"),
+        *("-o", "junit_family=xunit1", "-o", f"faulthandler_timeout={guest.SILENCE_S // 2}", *wanted),
+    )
+    return Command("tests", arguments, {"BPFMETRICSD_REQUIRE": "0"})
+
+
+@pytest.fixture(scope="module", params=images.chosen(os.environ.get(CHOICE, "")), ids=lambda one: one.name)
+def booted(request: pytest.FixtureRequest, lacks: Callable[[str], NoReturn]) -> tuple[Guest, Result]:
+    """One boot for all the tests of a guest."""
+    missing = images.missing_tools()
+    if missing:
+        lacks(f"guests need {', '.join(missing)}; install them with apt-get")
+    if os.geteuid() != 0:
+        lacks("root file systems of guests are made by root; use sudo")
+    try:
+        image = images.build(request.param)
+    except CannotBuildError as error:
+        lacks(f"no guest {request.param.name}: {error}")
+    result = guest.run(image, [_LOADS, _pytest()])
+    request.config.stash[BOOTS].append(
+        f"guest {request.param.name}: init after {result.boot_s:.0f} s, all done after {result.total_s:.0f} s"
+        f"{' (lost)' if result.lost else ''}"
+    )
+    return request.param, result
+
+
+def lines(name: str, loads: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each set of forbidden hook kinds and collector: hooks with fidelity, or why there are none."""
+    found = []
+    for forbidden, outcomes in loads.items():
+        for collector, outcome in outcomes.items():
+            hooks = ", ".join(f"{hook} {fidelity}" for _, hook, fidelity in outcome["hooks"])
+            without = f"without {forbidden}" if forbidden else "all hooks"
+            found.append(f"{name} | {without} | {collector} | {hooks or 'failed: ' + outcome['error']}")
+    return found
+
+
+def test_every_collector_loads_on_the_expected_hooks(booted: tuple[Guest, Result]) -> None:
+    """The hooks are those in hooks.txt, which BPFMETRICSD_UPDATE_GOLDEN=1 renews for the guests that run."""
+    which, result = booted
+    loads = json.loads(result.text("loads.json", "loads"))
+    errors = {name: outcome["error"] for name, outcome in loads[""].items() if outcome["error"]}
+    assert errors == {}
+    found = lines(which.name, loads)
+    known = HOOKS.read_text().splitlines() if HOOKS.exists() else []
+    if os.environ.get("BPFMETRICSD_UPDATE_GOLDEN") == "1":
+        others = [line for line in known if not line.startswith(f"{which.name} |")]
+        order = [one.name for one in images.GUESTS]
+        known = sorted([*others, *found], key=lambda line: order.index(line.split(" |")[0]))
+        HOOKS.write_text("\n".join(known) + "\n")
+    assert found == [line for line in known if line.startswith(f"{which.name} |")]
+
+
+def test_kernel_tests(booted: tuple[Guest, Result], report: Report) -> None:
+    """Each of the guest's tests is reported on its own; this one fails when the guest was lost or ran none."""
+    which, result = booted
+    status = int(result.text("tests.status", "tests"))
+    said = "\n".join(result.files.get("tests.out", "").splitlines()[-40:])
+    assert status in (0, 1), f"pytest ended with status {status} in the guest:\n{said}"
+    found: list[Case] = cases(result.text("junit.xml", "tests"))
+    assert found, f"no test ran in the guest:\n{said}"
+    for case in found:
+        report(which.name, case)
