@@ -45,6 +45,8 @@ struct reading {
 	u64 call;
 	u64 index;    /* where its last round began */
 	u64 switches; /* how often the task had waited by then */
+	u64 ahead_mapping; /* up to where it added pages last, which may still be on their way */
+	u64 ahead_end;
 	u64 fault;    /* faults that the task had before the one that is not finished yet, plus 1 */
 	u64 fault_mapping;
 	u64 fault_index;
@@ -162,6 +164,8 @@ static __always_inline void added(struct reading *reading, struct task_struct *t
 		reading->beyond = 0;
 		__builtin_memset(reading->added, 0, sizeof(reading->added));
 	}
+	reading->ahead_mapping = (u64)mapping;
+	reading->ahead_end = index + count;
 	place = index - reading->added_first;
 	if (place + count > PLACES) {
 		reading->beyond += place + count - (place > PLACES ? place : PLACES);
@@ -304,10 +308,15 @@ enum { CALL_read = 0, CALL_pread64 = 17, CALL_readv = 19, CALL_sendfile = 40, CA
 	})
 
 /*
- * Where a request began whose first round seen begins at `index`. A round that found cached pages and then had to wait for a
- * page that was being read gives those before it without an event ("err:" in filemap_get_pages), so that a
- * request after a wait may have begun earlier: the system call tells where.
+ * A round that finds cached pages and then has to wait for a page on its way gives those before it without an event ("err:" in
+ * filemap_get_pages). So where there was a wait, or readahead is under way, a request may have begun before its first event.
  */
+static __always_inline bool may_be_late(struct reading *reading, u64 mapping, u64 index, u64 switches)
+{
+	return switches != reading->switches || (mapping == reading->ahead_mapping && index < reading->ahead_end);
+}
+
+/* Where a request began whose first event says `index`: the system call tells. */
 static __always_inline u64 start_of(struct task_struct *task, struct reading *reading, u64 mapping, u64 index, u64 call)
 {
 	struct pt_regs *registers = (void *)bpf_task_pt_regs(task);
@@ -377,7 +386,9 @@ PROGRAM(mm_filemap_get_pages)
 	call = call_of(task);
 	switches = READ(task, nvcsw);
 	if (!(reading->mapping == (u64)mapping && reading->end == end && reading->call == call && index > reading->index)) {
-		reading->first = switches == reading->switches ? index : start_of(task, reading, (u64)mapping, index, call);
+		reading->first = index;
+		if (may_be_late(reading, (u64)mapping, index, switches))
+			reading->first = start_of(task, reading, (u64)mapping, index, call);
 		add(ACCESSES, overlap(reading->first, end, 0, file_pages(mapping)));
 	}
 	reading->mapping = (u64)mapping;

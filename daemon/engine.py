@@ -136,10 +136,15 @@ class Engine:
         """Why not; empty when every configured collector is up and none failed to load."""
         return list(_reasons(self._units.values()))
 
-    def status(self) -> dict[str, Any]:
-        """The JSON of `bpfmetricsd status --json`."""
-        self.collect()
-        return {"collectors": {name: unit.status() for name, unit in self._units.items()}, "ready": not self.ready()}
+    def status(self, fresh: bool = True) -> dict[str, Any]:
+        """The collectors' part of `bpfmetricsd status --json`; not `fresh` is as of the last reading."""
+        if fresh:
+            self.collect()
+        return {"collectors": {name: unit.status() for name, unit in self._units.items()}}
+
+    def up(self) -> dict[str, bool]:
+        """As of the last reading."""
+        return {name: unit.up for name, unit in self._units.items()}
 
 
 def _units(config: Config) -> dict[str, Unit]:

@@ -75,6 +75,12 @@ SECONDS = Scale(unit=1_000_000_000, first=-20, octaves=25)
 BYTES = Scale(unit=1, first=0, octaves=30)
 
 
+def buckets(value: Distribution) -> list[int]:
+    """What each bucket counts for itself; the last one is above every bound."""
+    ends = (*value.cumulative, value.count)
+    return [after - before for before, after in zip((0, *value.cumulative), ends, strict=True)]
+
+
 def add(left: Distribution, right: Distribution) -> Distribution:
     """Both together; of two exemplars of a bucket the newer one stays."""
     exemplars = dict(left.exemplars)

@@ -20,7 +20,10 @@ _FIELD_NAME_MAX = 64  # journald ignores fields with longer names
 _PLAIN_VALUE = re.compile(r"[\w./:@%+,-]+", re.ASCII)
 
 
-def _library() -> Callable[..., object] | None:
+def _library(socket: str = SOCKET) -> Callable[..., object] | None:
+    """journal.send; None where python3-systemd is missing or no journald runs, and then it costs no memory."""
+    if not Path(socket).exists():
+        return None
     try:
         send: Callable[..., object] = import_module("systemd.journal").send
     except ImportError:

@@ -83,8 +83,7 @@ def _figure(family: Family) -> str:
 def _svg(metric: Metric, value: Distribution) -> str:
     """A bar for each bucket from the first to the last that holds something, and the bounds at both ends."""
     edges = (0.0, *metric.bounds, float("inf"))
-    ends = (*value.cumulative, value.count)
-    counts = [after - before for before, after in zip((0, *value.cumulative), ends, strict=True)]
+    counts = histogram.buckets(value)
     used = [i for i, count in enumerate(counts) if count]
     first, last, most = used[0], used[-1], max(counts)
     step = _WIDTH / max(8, last - first + 1)

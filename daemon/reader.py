@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -63,12 +64,20 @@ class OpenMap:
         self.entries = sum(1 for _ in libbpf.map_items(self.descriptor, self.info, self.value_size))
 
 
+_NOT_LOADED = "not loaded; run 'bpfmetricsd load'"
+
+
+def _cannot_open(path: Path, error: OSError) -> BpfmetricsdError:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return BpfmetricsdError(f"{path} may not be read by this user; use sudo, or a member of the group that owns it")
+    return BpfmetricsdError(f"{path} cannot be opened ({os.strerror(error.errno or 0)}); run 'bpfmetricsd load'")
+
+
 def _open_map(path: Path, shape: MapShape) -> OpenMap:
     try:
         descriptor, info = pins.open_map(path)
     except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise BpfmetricsdError(f"{path} cannot be opened ({why}); run 'bpfmetricsd load'") from error
+        raise _cannot_open(path, error) from error
     except ValueError as error:
         raise BpfmetricsdError(f"{path} is {error}; run 'bpfmetricsd load'") from error
     wanted = (shape.type, shape.key_size, shape.value_size, shape.max_entries)
@@ -139,9 +148,9 @@ def open_pins(bpffs: Path, state: Path, collector: str, take: Callable[[Any], No
     except manifest.DamagedManifest as error:
         raise BpfmetricsdError(str(error)) from error
     if known is None:
-        raise BpfmetricsdError(f"{collector} is not loaded; run 'bpfmetricsd load'")
+        raise BpfmetricsdError(_NOT_LOADED)
     if not known.maps:
-        raise BpfmetricsdError(known.error or f"{collector} is not loaded; run 'bpfmetricsd load'")
+        raise BpfmetricsdError(known.error or _NOT_LOADED)
     opened = Pins(known, bpffs / collector, stamp)
     try:
         _open_all(opened, take)
@@ -169,8 +178,7 @@ def _open_all(opened: Pins, take: Callable[[Any], None] | None) -> None:
         try:
             opened.programs[name] = libbpf.obj_get(path, libbpf.F_RDONLY)
         except OSError as error:
-            why = os.strerror(error.errno or 0)
-            raise BpfmetricsdError(f"{path} cannot be opened ({why}); run 'bpfmetricsd load'") from error
+            raise _cannot_open(path, error) from error
 
 
 def _open_ring(opened: Pins, path: Path, shape: MapShape, take: Callable[[Any], None] | None) -> int:

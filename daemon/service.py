@@ -6,12 +6,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from daemon import __version__, page, reader, selfmetrics
+from daemon import __version__, page, reader
 from daemon.config import CollectorConfig, Config
 from daemon.engine import Engine
 from daemon.journal import Journal
@@ -22,12 +22,14 @@ _STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _GONE = "the folder of pins was removed since this process started; restart bpfmetricsd after 'bpfmetricsd load'"
 
 
-def describe(engine: Engine, bpffs: Path, reasons: Sequence[str] = (), notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The JSON of `/status` and of `bpfmetricsd status --json`.
+def describe(
+    engine: Engine, bpffs: Path, reasons: Sequence[str] = (), notes: Sequence[str] = (), fresh: bool = True
+) -> dict[str, Any]:
+    """The JSON of `/status` and of `bpfmetricsd status --json`; not `fresh` is as of the engine's last reading.
 
     `reasons` say why not all is well, beside what the engine finds; `notes` are what a person should know.
     """
-    found = engine.status()
+    found = engine.status(fresh)
     every = [*engine.ready(), *reasons]
     about = {"version": __version__, "kernel": os.uname().release, "bpffs": str(bpffs)}
     health = {"ready": not every, "reasons": every, "notes": list(notes), "bpf_stats_enabled": _counts_run_time()}
@@ -53,7 +55,6 @@ class Service:
         self._notes = tuple(notes)
         self._restart = ""
         self._read_at = float("-inf")
-        self._up: Mapping[str, bool] = {}
         self._engine = Engine(self._reachable(config), Journal().send if config.journal else None)
 
     def names(self) -> frozenset[str]:
@@ -62,27 +63,29 @@ class Service:
     def collect(self, names: frozenset[str] | None = None) -> list[Family]:
         if names is None:
             self._read_at = time.monotonic()
-        families = self._engine.collect(names)
-        self._up = _up(families) or self._up
-        return families
+        return self._engine.collect(names)
 
     def ready(self) -> list[str]:
         return [*self._engine.ready(), *self._gone()]
 
     def status(self) -> dict[str, Any]:
+        return self._status(fresh=True)
+
+    def _status(self, fresh: bool) -> dict[str, Any]:
         notes = [*self._notes, *filter(None, [self._restart])]
-        return describe(self._engine, self._began.bpffs, self._gone(), notes)
+        return describe(self._engine, self._began.bpffs, self._gone(), notes, fresh)
 
     def page(self) -> str:
-        return page.render(self.status(), self.collect())
+        families = self.collect()
+        return page.render(self._status(fresh=False), families)
 
     def tick(self) -> str:
         """Takes the events; reads the maps when nobody has scraped for an interval. A line that says how all is."""
         self._engine.drain()
         if time.monotonic() - self._read_at >= self._began.interval:
             self.collect()
-        up = sum(self._up.get(name, False) for name in self.names())
-        summary = f"{up} of {len(self.names())} collectors up"
+        up = self._engine.up()
+        summary = f"{sum(up.values())} of {len(up)} collectors up"
         return "; ".join([summary, *self.ready(), *self._notes, *filter(None, [self._restart])])
 
     def reload(self) -> str:
@@ -110,13 +113,6 @@ class Service:
     def _gone(self) -> list[str]:
         """A process that reaches the folder of pins because it stands in it cannot see the one that replaced it."""
         return [_GONE] if not self._bpffs.is_absolute() and os.stat(self._bpffs).st_nlink == 0 else []
-
-
-def _up(families: Iterable[Family]) -> dict[str, bool]:
-    for family in families:
-        if family.metric is selfmetrics.UP:
-            return {series.labels[0]: bool(series.value) for series in family.series}
-    return {}
 
 
 def must_restart(began: Config, now: Config) -> list[str]:

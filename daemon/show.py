@@ -65,15 +65,9 @@ def scale(metric: Metric, total: Distribution) -> Scale:
     return Scale("usecs", 1e6) if fast else Scale("msecs", 1e3, floor=_MILLISECONDS_FROM)
 
 
-def buckets(value: Distribution) -> list[int]:
-    """What each bucket counts for itself; the last one is above every bound."""
-    ends = (*value.cumulative, value.count)
-    return [after - before for before, after in zip((0, *value.cumulative), ends, strict=True)]
-
-
 def bars(metric: Metric, value: Distribution, unit: Scale) -> list[str]:
     """bcc's picture, up to the last row that is not empty; the last row of all is what is above every bound."""
-    counts = buckets(value)
+    counts = histogram.buckets(value)
     rows = zip((*metric.bounds, float("inf")), counts, strict=True)
     kept = [(bound, n) for bound, n in rows if bound >= unit.floor or n]
     last = max((i for i, (_, n) in enumerate(kept) if n), default=-1)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from grafana.parts import Help, Query, board, graph, grown, heatmap, quantile, variable
+from grafana.parts import Help, Query, board, buckets, graph, grown, heatmap, quantile, variable
 
 _DEVICE = "bpf_block_io_duration_seconds"
 _QUEUE = "bpf_block_io_queue_duration_seconds"
@@ -29,13 +29,13 @@ _PANELS = (
         Help("From a request's last issue to the driver until its last part completed.",
              "NVMe below 1 ms, other SSDs below 10 ms, rotating and network disks below 50 ms.",
              "choose one device and compare with last week. The points name the process and the sector."),
-        _DEVICE, "DISK",
+        buckets(_DEVICE, "DISK"),
     ),
     heatmap(
         "Queue time", "s",
         Help("From a request's start to its last issue to the driver.", "far below the device time.",
              "requests wait for their turn: more are sent than the device takes, or an I/O scheduler holds them."),
-        _QUEUE, "DISK",
+        buckets(_QUEUE, "DISK"),
     ),
     graph(
         "Device time by device, p50 and p99", "s",
@@ -68,7 +68,7 @@ _PANELS = (
         "Request size", "bytes",
         Help("Sizes of completed requests.", "4 KiB for databases, up to 1 MiB for streams.",
              "small ones where large ones were expected: writes are synced too often, or readahead is off."),
-        _SIZE, "DISK",
+        buckets(_SIZE, "DISK"),
     ),
     graph(
         "Failed requests", "none",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from grafana.parts import Column, Help, Query, board, graph, heatmap, row, table, tile
+from grafana.parts import ANY, Column, Help, Query, board, graph, heatmap, row, table, tile
 
 _WAIT = "instance:bpf_run_queue_latency_seconds:p99_rate5m{HOST}"
 _DISK = (
@@ -18,18 +18,18 @@ _PANELS = (
     tile(
         "Hosts up", "none",
         Help("Hosts whose bpfmetricsd answers.", "all of them.", "compare with your inventory."),
-        Query("sum(up{HOST})"), (1e9, 1e9), 8,
+        Query("sum(up{HOST})"), width=8,
     ),
     tile(
         "Hosts down", "none",
         Help("Hosts that Prometheus knows of and that do not answer.", "0.",
              "the table has them at its end, without numbers. Then: systemctl status bpfmetricsd there."),
-        Query("sum(1 - up{HOST})"), (1, 1), 8,
+        Query("sum(1 - up{HOST})"), ANY, 8,
     ),
     tile(
         "Hosts with alerts", "none",
         Help("Hosts with at least one firing alert." + _RULES, "0.", "see the table: most alerts first."),
-        Query(f"count({_ALERTS}) or vector(0)"), (1, 1), 8,
+        Query(f"count({_ALERTS}) or vector(0)"), ANY, 8,
     ),
     table(
         "Hosts, worst first",
@@ -37,13 +37,13 @@ _PANELS = (
              "no red. Colours as on Host overview.",
              "click the host's name. Many hosts red in one column: a shared cause, such as storage or network."),
         [
-            Column("Alerts", f"{_ALERTS} or 0 * up{{HOST}}", "none", (1, 1)),
+            Column("Alerts", f"{_ALERTS} or 0 * up{{HOST}}", "none", ANY),
             Column("Wait for a CPU, p99", _WAIT, "s", (0.01, 0.05)),
-            Column("OOM kills", _KILLS, "none", (1, 1)),
+            Column("OOM kills", _KILLS, "none", ANY),
             Column("Slowest disk, p99", _DISK, "s", (0.02, 0.1)),
             Column("Page cache hits", "instance:bpf_page_cache_hit:ratio_rate5m{HOST}", "percentunit", (0.9, 0.5)),
             Column("Retransmits", "instance:bpf_tcp_retransmits:rate5m{HOST}", "pps", (10, 100)),
-            Column("Collectors down", "sum by (job, instance) (1 - bpfmetricsd_collector_up{HOST})", "none", (1, 1)),
+            Column("Collectors down", "sum by (job, instance) (1 - bpfmetricsd_collector_up{HOST})", "none", ANY),
         ],
         sort="Alerts", height=12, to="bpf-host",
     ),
@@ -77,13 +77,13 @@ _PANELS = (
         "Wait for a CPU", "s",
         Help("All waits for a CPU on all hosts: buckets are the same everywhere, so the sum is exact." + _RULES,
              "one bright band below 100 us.", "a second band: find its hosts in the table."),
-        "job:bpf_run_queue_latency_seconds", 'job=~"$job"', rate=False,
+        'job:bpf_run_queue_latency_seconds_bucket:rate5m{job=~"$job"}',
     ),
     heatmap(
         "Device time", "s",
         Help("All block requests on all hosts: buckets are the same everywhere, so the sum is exact." + _RULES,
              "a band for each kind of device.", "a band that fades in higher up: find its hosts in the table."),
-        "job_operation:bpf_block_io_duration_seconds", 'job=~"$job"', rate=False,
+        'job_operation:bpf_block_io_duration_seconds_bucket:rate5m{job=~"$job"}',
     ),
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ The tiles answer which of CPU, disk, memory and network it is; below, each has a
 
 from __future__ import annotations
 
-from grafana.parts import Help, Query, board, graph, grown, heatmap, quantile, row, tile, total
+from grafana.parts import ANY, Help, Query, board, buckets, graph, grown, heatmap, quantile, row, tile, total
 
 _RUN_QUEUE = "bpf_run_queue_latency_seconds"
 _DEVICE = "bpf_block_io_duration_seconds"
@@ -35,14 +35,14 @@ _TILES = (
         Help("Processes killed for want of memory, in the time range above.", "0.",
              "open Page cache and OOM for the cgroup. Scope memcg: its limit is too low, or it leaks. Scope global: the"
              " host is too small for what runs on it."),
-        Query(total(_KILLS)), (1, 1), 3, to="bpf-memory",
+        Query(total(_KILLS)), ANY, 3, to="bpf-memory",
     ),
     tile(
         "Errors: failed I/O", "none",
         Help("Block requests that failed, in the time range above; not those that a device does not support.", "0.",
              "open Block I/O for the device and the error, then read the kernel log. medium, ioerr, target: replace the"
              " disk. timeout, transport: look at cable, controller, network. nospc: the pool below is full."),
-        Query(total(_ERRORS)), (1, 1), 3, to="bpf-block-io",
+        Query(total(_ERRORS)), ANY, 3, to="bpf-block-io",
     ),
     tile(
         "Disk: slowest device, p99", "s",
@@ -71,7 +71,7 @@ _TILES = (
         "Collectors down", "none",
         Help("Collectors of bpfmetricsd on this host that do not count.", "0. `no data`: the host is not scraped.",
              "open bpfmetricsd itself. While one is down its tile says nothing."),
-        Query("sum(1 - bpfmetricsd_collector_up{HOST})"), (1, 1), 3, to="bpf-self",
+        Query("sum(1 - bpfmetricsd_collector_up{HOST})"), ANY, 3, to="bpf-self",
     ),
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ _PANELS = (
              "one bright band below 100 us; some dots up to a few milliseconds.",
              "a second band at milliseconds: tasks queue behind others. Waits that end at the same height: a CPU"
              " limit. The points name processes."),
-        _RUN_QUEUE,
+        buckets(_RUN_QUEUE),
     ),
     graph(
         "Tasks waiting, by cgroup", "short",
@@ -123,7 +123,7 @@ _PANELS = (
         Help("How long devices took for requests, all devices and operations.",
              "a steady band for each kind of device and operation.",
              "the band moved up: the device is slower or busier. A new band: a new kind of request."),
-        _DEVICE,
+        buckets(_DEVICE),
     ),
     graph(
         "Device time, p99", "s",

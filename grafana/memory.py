@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from grafana.host import HITS
-from grafana.parts import Column, Help, Query, board, graph, grown, table, variable
+from grafana.parts import ANY, Column, Help, Query, board, graph, grown, table, variable
 
 _OOM = 'HOST,cgroup=~"$cgroup"'
 
@@ -52,7 +52,7 @@ _PANELS = (
         "OOM kills since counting began",
         Help("All kills by host, scope and the victim's cgroup, most first.", "empty, or old news.",
              "a cgroup that comes back here needs more memory or a leak mended."),
-        [Column("Kills", f"sum by (instance, scope, cgroup) (bpf_oom_kills_total{{{_OOM}}}) > 0", "none", (1, 1))],
+        [Column("Kills", f"sum by (instance, scope, cgroup) (bpf_oom_kills_total{{{_OOM}}}) > 0", "none", ANY)],
         sort="Kills", width=12, height=8,
     ),
 )  # fmt: skip

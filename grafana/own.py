@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-from grafana.parts import Column, Help, Query, board, graph, row, table, tile
+from grafana.parts import ANY, Column, Help, Query, board, graph, row, table, tile
 
 _PANELS = (
     tile(
         "Collectors up", "none",
         Help("Collectors that count, on all chosen hosts.", "six a host with the shipped configuration.",
              "bpfmetricsd status says why one is down; bpfmetricsd load brings back what can be."),
-        Query("sum(bpfmetricsd_collector_up{HOST})"), (1e9, 1e9),
+        Query("sum(bpfmetricsd_collector_up{HOST})"),
     ),
     tile(
         "Collectors down", "none",
         Help("Collectors that should count and do not.", "0.", "bpfmetricsd status says why."),
-        Query("sum(1 - bpfmetricsd_collector_up{HOST})"), (1, 1),
+        Query("sum(1 - bpfmetricsd_collector_up{HOST})"), ANY,
     ),
     tile(
         "Lowest coverage", "percentunit",
@@ -33,7 +33,7 @@ _PANELS = (
         "Memory of the maps", "bytes",
         Help("Kernel memory of all maps, on all chosen hosts.", "10 to 20 MB a host.",
              "lower max_devices, max_inflight or max_connections."),
-        Query("sum(bpfmetricsd_map_memory_bytes{HOST})"), (1e12, 1e12),
+        Query("sum(bpfmetricsd_map_memory_bytes{HOST})"),
     ),
     tile(
         "Slowest reading", "s",

@@ -24,13 +24,14 @@ from grafana_foundation_sdk.models import prometheus as prometheus_models
 from grafana_foundation_sdk.models.dashboard import Dashboard, Panel
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode, HeatmapColorScale
 
-__all__ = ["Column", "Dashboard", "Help", "Query", "board", "graph", "grown", "heatmap", "quantile", "row", "table",
-           "tile", "total", "variable"]  # fmt: skip
+__all__ = ["ANY", "Column", "Dashboard", "Help", "Query", "board", "buckets", "graph", "grown", "heatmap", "quantile",
+           "row", "table", "tile", "total", "variable"]  # fmt: skip
 
 SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _HOST = 'job=~"$job",instance=~"$instance"'
 _SELECTORS = {"HOST": _HOST, "DISK": f'{_HOST},device=~"$device"', "GROUP": f'{_HOST},cgroup=~"$cgroup"'}
 _GREEN, _YELLOW, _RED = "green", "#EAB839", "red"
+ANY = (0.5, 1)  # steps of a number of bad things: one is red
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,13 @@ def full(expr: str) -> str:
     return re.sub(r"\b(HOST|DISK|GROUP)\b", lambda found: _SELECTORS[found[1]], expr)
 
 
+def buckets(metric: str, selector: str = "HOST") -> str:
+    return f"rate({metric}_bucket{{{selector}}}[$__rate_interval])"
+
+
 def quantile(q: float, metric: str, selector: str = "HOST", by: str = "") -> str:
     labels = f"{by}, le" if by else "le"
-    return f"histogram_quantile({q}, sum by ({labels}) (rate({metric}_bucket{{{selector}}}[$__rate_interval])))"
+    return f"histogram_quantile({q}, sum by ({labels}) ({buckets(metric, selector)}))"
 
 
 def grown(counter: str, selector: str, by: str) -> str:
@@ -102,9 +107,8 @@ def _panel(panel: P, title: str, unit: str, help: Help, width: int, height: int)
 
 def _thresholds(warn: float, bad: float) -> builders.ThresholdsConfig:
     """Green, yellow from `warn` on, red from `bad` on; the other way round when low is bad."""
-    steps: list[tuple[float | None, str]] = [(None, _GREEN), (warn, _YELLOW), (bad, _RED)]
-    if bad < warn:
-        steps = [(None, _RED), (bad, _YELLOW), (warn, _GREEN)]
+    colors = (_GREEN, _YELLOW, _RED) if warn < bad else (_RED, _YELLOW, _GREEN)
+    steps = list(zip((None, *sorted((warn, bad))), colors, strict=True))
     return builders.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(
         [models.Threshold(value, color) for value, color in steps]
     )  # fmt: skip
@@ -118,18 +122,25 @@ def _to(uid: str, title: str) -> builders.DashboardLink:
 
 
 def tile(
-    title: str, unit: str, help: Help, query: Query, steps: tuple[float, float], width: int = 4, to: str = ""
+    title: str,
+    unit: str,
+    help: Help,
+    query: Query,
+    steps: tuple[float, float] | None = None,
+    width: int = 4,
+    to: str = "",
 ) -> stats.Panel:
-    """One number on a green, yellow or red ground, with its course; a click leads to the dashboard `to`."""
+    """One number, on a green, yellow or red ground where it has `steps`, with its course and a link to `to`."""
     panel = (
         _panel(stats.Panel(), title, unit, help, width, 5)
         .with_target(_target(query, 0))
-        .thresholds(_thresholds(*steps))
-        .color_mode(common.BigValueColorMode.BACKGROUND)
+        .color_mode(common.BigValueColorMode.BACKGROUND if steps else common.BigValueColorMode.NONE)
         .graph_mode(common.BigValueGraphMode.AREA)
         .reduce_options(common_builders.ReduceDataOptions().calcs(["lastNotNull"]))
         .no_value("no data")
     )
+    if steps:
+        panel.thresholds(_thresholds(*steps))
     return panel.links([_to(to, "Details")]) if to else panel
 
 
@@ -152,11 +163,8 @@ def graph(
     return panel.stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL)) if stack else panel
 
 
-def heatmap(
-    title: str, unit: str, help: Help, metric: str, selector: str = "HOST", rate: bool = True, width: int = 12
-) -> heatmaps.Panel:
-    """The distribution over time, with exemplars as points; `rate=False` for recorded rates."""
-    series = f"rate({metric}_bucket{{{selector}}}[$__rate_interval])" if rate else f"{metric}{{{selector}}}"
+def heatmap(title: str, unit: str, help: Help, series: str, width: int = 12) -> heatmaps.Panel:
+    """The distribution over time, with exemplars as points; `series` are rates of buckets."""
     target = _target(Query(f"sum by (le) ({series})", "{{le}}"), 0).format(prometheus_models.PromQueryFormat.HEATMAP)
     return (
         _panel(heatmaps.Panel(), title, unit, help, width, 9)
@@ -232,7 +240,10 @@ def row(title: str) -> builders.Row:
 
 
 def variable(name: str, metric: str, several: bool = True) -> builders.QueryVariable:
-    """A variable whose values are those of the label of its name. All also matches series that lack the label."""
+    """A variable whose values are those of the label of its name.
+
+    All jobs are those that have bpfmetricsd; all values of another label include none at all.
+    """
     query = full(f"label_values({metric}, {name})")
     made = (
         builders.QueryVariable(name)
@@ -245,7 +256,9 @@ def variable(name: str, metric: str, several: bool = True) -> builders.QueryVari
         .multi(several)
         .include_all(several)
     )
-    return made.all_value(".*").current(models.VariableOption(text="All", value="$__all")) if several else made
+    if several:
+        made.current(models.VariableOption(text="All", value="$__all"))
+    return made if name == "job" or not several else made.all_value(".*")
 
 
 def _kills() -> builders.AnnotationQuery:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from grafana.parts import Help, Query, board, graph, heatmap, quantile, variable
+from grafana.parts import Help, Query, board, buckets, graph, heatmap, quantile, variable
 
 _WAIT = "bpf_run_queue_latency_seconds"
 _WAITING = f"rate({_WAIT}_sum{{GROUP}}[$__rate_interval])"
@@ -16,7 +16,7 @@ _PANELS = (
              "one bright band below 100 us; some dots up to a few milliseconds.",
              "a second band at milliseconds: tasks queue behind others. Waits that end at the same height, such as"
              " 50 to 100 ms: a CPU limit (cpu.max) throttles. The points name processes."),
-        _WAIT, "GROUP", width=24,
+        buckets(_WAIT, "GROUP"), width=24,
     ),
     graph(
         "Wait for a CPU, quantiles", "s",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from grafana.parts import Help, Query, board, graph, heatmap, quantile, row
+from grafana.parts import Help, Query, board, buckets, graph, heatmap, quantile, row
 
 _RETRANSMITS = "rate(bpf_tcp_retransmits_total{HOST}[$__rate_interval])"
 _LIFE = "bpf_tcp_connection_duration_seconds"
@@ -62,7 +62,7 @@ _PANELS = (
         "Life of connections", "s",
         Help("From handshake to close, of connections that closed.", "a band for each kind of client.",
              "a new band at a round number is a timeout. Many short ones: no keep-alive. The points name both ends."),
-        _LIFE,
+        buckets(_LIFE),
     ),
     graph(
         "Life of connections, p50 and p99", "s",
@@ -82,13 +82,13 @@ _PANELS = (
         "Sent by a connection", "bytes",
         Help("Payload that a connection sent in its life.", "a band for each kind of exchange.",
              "many at 1 byte or less: connections that carry nothing, such as health checks."),
-        _SENT,
+        buckets(_SENT),
     ),
     heatmap(
         "Received by a connection", "bytes",
         Help("Payload that a connection received in its life.", "a band for each kind of exchange.",
              "the band of answers is gone: servers close without a word."),
-        _RECEIVED,
+        buckets(_RECEIVED),
     ),
 )  # fmt: skip
 

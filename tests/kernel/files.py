@@ -10,25 +10,28 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 PAGE = mmap.PAGESIZE
 TRACING = Path("/sys/kernel/tracing")
-_ATTEMPTS = 400
-_IMAGE_BYTES = 320 << 20  # sparse; mkfs.xfs wants 300 MiB
 # No journal and no times to write: only the test's own files have pages that change.
-_MKFS = {"ext4": ("mkfs.ext4", "-q", "-F", "-O", "^has_journal"), "xfs": ("mkfs.xfs", "-q", "-f")}
-_OPTIONS = {"ext4": "noatime,lazytime", "xfs": "noatime,lazytime", "tmpfs": "size=64m"}
+MKFS = {"ext4": ("mkfs.ext4", "-q", "-F", "-O", "^has_journal"), "xfs": ("mkfs.xfs", "-q", "-f")}
+_MOUNT = {"ext4": "noatime,lazytime", "xfs": "noatime,lazytime", "tmpfs": "size=64m"}
+_IMAGE_BYTES = 320 << 20  # sparse; mkfs.xfs wants 300 MiB
 _EVENTS = (
     "filemap/mm_filemap_add_to_page_cache", "filemap/mm_filemap_get_pages", "filemap/mm_filemap_fault",
     "filemap/mm_filemap_map_pages", "writeback/writeback_dirty_folio",
 )  # fmt: skip
+_ATTEMPTS = 400
+_CACHESTAT = 451  # system call on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -44,6 +47,75 @@ class Counts(NamedTuple):
         return Counts(*(now - then for now, then in zip(self, before, strict=True)))
 
 
+def pages(first_byte: int, end_byte: int) -> range:
+    """The pages that hold these bytes."""
+    return range(first_byte // PAGE, -(-end_byte // PAGE))
+
+
+class _Range(ctypes.Structure):
+    """struct cachestat_range { __u64 off; __u64 len; }"""
+
+    _fields_ = (("off", ctypes.c_uint64), ("len", ctypes.c_uint64))
+
+
+class File:
+    """An open file, and which of its pages are in the page cache."""
+
+    def __init__(self, path: Path, flags: int = os.O_RDWR) -> None:
+        self.path = path
+        self.descriptor = os.open(path, flags)
+        self.size = os.fstat(self.descriptor).st_size
+        self.pages = len(pages(0, self.size))
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+    def chill(self) -> None:
+        """Drops its pages; those that another CPU still holds in a batch need a second try."""
+        os.fsync(self.descriptor)
+        for _ in range(100):
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not self.cached():
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"{self.path}: pages stay in the page cache")
+
+    def chunks(self, size: int) -> Iterator[tuple[int, range]]:
+        """Where each read of `size` bytes begins, and the pages that it asks for."""
+        return ((at, pages(at, min(at + size, self.size))) for at in range(0, self.size, size))
+
+    def cached(self) -> int:
+        """How many of its pages hold data in memory (mincore(2))."""
+        with self.map(mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as view:
+            first = ctypes.c_char.from_buffer(view)
+            states = (ctypes.c_ubyte * self.pages)()
+            failed = _libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(self.size), states)
+            del first
+        assert not failed, os.strerror(ctypes.get_errno())
+        return sum(state & 1 for state in states)
+
+    def missing(self, asked: range) -> int:
+        """How many of these pages are not in the page cache, nor on their way into it (cachestat(2), kernel 6.5).
+
+        Where the call makes way for another task, it goes on behind the next folio when the range began inside one
+        (xas_pause adds the folio's size to an index that is not its first): only ever too few are found, so ask again.
+        """
+        what = _Range(asked.start * PAGE, len(asked) * PAGE)
+        result = (ctypes.c_uint64 * 5)()  # struct cachestat: nr_cache comes first
+        found = 0
+        for _ in range(3):
+            failed = _libc.syscall(_CACHESTAT, self.descriptor, ctypes.byref(what), ctypes.byref(result), 0)
+            assert not failed, os.strerror(ctypes.get_errno())
+            found = max(found, result[0])
+        return len(asked) - found
+
+    def map(self, flags: int, protection: int = mmap.PROT_READ) -> mmap.mmap:
+        return mmap.mmap(self.descriptor, self.size, flags=flags, prot=protection)
+
+
 @dataclass(frozen=True)
 class Disk:
     """A mounted filesystem; `device` is major << 20 | minor, as the kernel keeps it, `name` its backing device's."""
@@ -53,77 +125,18 @@ class Disk:
     device: int
     name: str
 
-    def readahead(self, kilobytes: int) -> None:
-        """The most that one readahead reads."""
-        Path(f"/sys/class/bdi/{self.name}/read_ahead_kb").write_text(str(kilobytes))
-
     def file(self, name: str, size: int) -> File:
         """A file of random bytes, written back."""
         path = self.folder / name
-        path.write_bytes(os.urandom(size))
-        file = File(path)
-        os.fsync(file.descriptor)
-        return file
+        with path.open("wb") as file:
+            file.write(os.urandom(size))
+            file.flush()
+            os.fsync(file.fileno())
+        return File(path)
 
-
-class File:
-    """An open file, and which of its pages are in the page cache."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDWR)
-        self.size = os.fstat(self.descriptor).st_size
-        self.pages = -(-self.size // PAGE)
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-    def __enter__(self) -> File:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def chill(self) -> None:
-        """Drops its pages; those that other CPUs still hold in their batches need more than one try."""
-        os.fsync(self.descriptor)
-        for _ in range(100):
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            if not self.cached():
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"{self.path}: pages stay in the page cache")
-
-    def warm(self) -> None:
-        while os.pread(self.descriptor, 1 << 20, 0) and self.cached() < self.pages:
-            self.read(1 << 20)
-
-    def read(self, chunk: int) -> None:
-        """All of it from the start, `chunk` bytes at a time, by read(2)."""
-        buffer = memoryview(bytearray(chunk))
-        os.lseek(self.descriptor, 0, os.SEEK_SET)
-        while os.readv(self.descriptor, [buffer]):
-            pass
-
-    def accesses(self, chunk: int) -> int:
-        """How many pages `read(chunk)` asks for: those of each call."""
-        ends = ((start, min(start + chunk, self.size)) for start in range(0, self.size, chunk))
-        return sum((end - 1) // PAGE - start // PAGE + 1 for start, end in ends)
-
-    def cached(self) -> int:
-        """mincore(2)."""
-        with mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
-            first = ctypes.c_char.from_buffer(view)
-            states = (ctypes.c_ubyte * self.pages)()
-            failed = _libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(self.size), states)
-            del first
-        assert not failed, os.strerror(ctypes.get_errno())
-        return sum(state & 1 for state in states)
-
-
-def mkfs(kind: str) -> str:
-    """The program that makes such a filesystem; empty for tmpfs."""
-    return _MKFS[kind][0] if kind in _MKFS else ""
+    def readahead(self, kilobytes: int) -> None:
+        """The most that one readahead reads, of files opened from now on."""
+        Path(f"/sys/class/bdi/{self.name}/read_ahead_kb").write_text(str(kilobytes))
 
 
 def _run(*command: str) -> str:
@@ -137,16 +150,16 @@ def disk(kind: str, work: Path) -> Iterator[Disk]:
     folder.mkdir()
     with ExitStack() as undo:
         source = "none"
-        if kind != "tmpfs":
+        if kind in MKFS:
             image = work / f"{kind}.img"
             undo.callback(image.unlink)
             with image.open("wb") as file:
                 file.truncate(_IMAGE_BYTES)
-            _run(*_MKFS[kind], str(image))
+            _run(*MKFS[kind], str(image))
             # Direct, or the image's own pages would be read and counted too.
             source = _run("losetup", "--find", "--show", "--direct-io=on", str(image))
             undo.callback(_run, "losetup", "--detach", source)
-        _run("mount", "-t", kind, "-o", _OPTIONS[kind], source, str(folder))
+        _run("mount", "-t", kind, "-o", _MOUNT[kind], source, str(folder))
         undo.callback(_run, "umount", str(folder))
         number = folder.stat().st_dev
         major, minor = os.major(number), os.minor(number)
@@ -197,4 +210,54 @@ class Meter:
             if not self.others():
                 return after.since(before)
             time.sleep(0.001 * (attempt % 50))
-        raise AssertionError(f"in {_ATTEMPTS} attempts there was always somebody else who used files; stop what else runs")
+        raise AssertionError(f"in {_ATTEMPTS} attempts somebody else always used files; stop what else runs")
+
+
+def faults() -> tuple[int, int]:
+    """Minor and major faults of this thread (getrusage(2))."""
+    used = resource.getrusage(resource.RUSAGE_THREAD)
+    return used.ru_minflt, used.ru_majflt
+
+
+def dirtied() -> int:
+    """The kernel's own count of pages that became dirty, with what the CPUs hold back."""
+    Path("/proc/sys/vm/stat_refresh").read_text()
+    return int(dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())["nr_dirtied"])
+
+
+class Process:
+    """A child that does its load each time it is told to. It ends with the test."""
+
+    def __init__(self, load: Callable[[], object]) -> None:
+        orders, self._orders = os.pipe()
+        self._reports, reports = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            os.close(self._orders)
+            self._serve(load, orders, reports)
+        os.close(orders)
+        os.close(reports)
+
+    @staticmethod
+    def _serve(load: Callable[[], object], orders: int, reports: int) -> NoReturn:
+        try:
+            while os.read(orders, 1):
+                load()
+                os.write(reports, b".")
+        finally:
+            os._exit(0)
+
+    def start(self) -> None:
+        os.write(self._orders, b".")
+
+    def wait(self) -> None:
+        assert os.read(self._reports, 1), "the process ended"
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.kill(self._child, signal.SIGKILL)
+        os.waitpid(self._child, 0)
+        os.close(self._orders)
+        os.close(self._reports)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads that the tests of this folder make, and the kernel's own accounts of them. Each undoes what it set up."""
+"""Loads that the tests of this folder make, and the kernel's own accounts of them. What sets something up undoes it."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
-import select
 import signal
 import struct
 import subprocess
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from daemon import cgroups
+from daemon import cgroups, libbpf
+from daemon.btf import Btf
+from daemon.compiler import compile_text
 
 _BLKDISCARD = 0x1277  # include/uapi/linux/fs.h: _IO(0x12, 119)
 
@@ -105,7 +107,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 @contextmanager
 def loop_device(file: Path, size: int = 64 << 20) -> Iterator[Disk]:
-    """A loop device on a new file, full of data, so that reads have something to read."""
+    """A loop device on a new file."""
     with file.open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, size)
     made = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
@@ -115,3 +117,61 @@ def loop_device(file: Path, size: int = 64 << 20) -> Iterator[Disk]:
     finally:
         subprocess.run(["losetup", "--detach", path], check=True)
         file.unlink()
+
+
+_WITNESS = """
+BPF_ARRAY(seen, u64, 2);
+int completed(unsigned long long *ctx)
+{
+	struct request *rq = (void *)ctx[0];
+#ifdef HAVE_request_rq_disk
+	struct gendisk *disk = rq->rq_disk;
+#else
+	struct request_queue *q = rq->q;
+	struct gendisk *disk = q->disk;
+#endif
+	int which = rq->cmd_flags & 1;
+	u64 *count;
+
+	if (disk->major != MAJOR || disk->first_minor != MINOR || (u32)ctx[2] < rq->__data_len)
+		return 0;
+	if ((rq->cmd_flags & 0xff) == REQ_OP_FLUSH)
+		return 0;
+	count = seen.lookup(&which);
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	return 0;
+}
+"""
+
+
+@contextmanager
+def witness(disk: Disk) -> Iterator[Callable[[], tuple[int, int]]]:
+    """Counts completions on a loop device with the smallest of programs: operations that read, that write; no flushes.
+
+    What a test may expect of BPF at all: kernels of sandboxes run no BPF program while a process of the sandbox itself
+    is the current one, and a completion that interrupts such a process is then invisible to every program.
+    """
+    fields = {
+        "request": ("q", "rq_disk?", "cmd_flags", "__data_len"), "request_queue": ("disk?",),
+        "gendisk": ("major", "first_minor"),
+    }  # fmt: skip
+    device = disk.path.stat().st_rdev
+    flags = [f"-DMAJOR={os.major(device)}", f"-DMINOR={os.minor(device)}"]
+    compiled = compile_text(Btf().header(fields, ("req_op.REQ_OP_FLUSH",)).text + _WITNESS, flags)
+    target = libbpf.vmlinux_btf_id("block_rq_complete", libbpf.ATTACH_TRACE_RAW_TP)
+    program = libbpf.prog_load(
+        "witness", libbpf.PROG_TYPE_TRACING, compiled.functions["completed"], libbpf.ATTACH_TRACE_RAW_TP, target
+    )
+    link = libbpf.raw_tracepoint_open(None, program)
+
+    def read() -> tuple[int, int]:
+        raw = [libbpf.map_lookup(compiled.maps["seen"].descriptor, struct.pack("I", which), 8) for which in (0, 1)]
+        reads, writes = (struct.unpack("Q", one or bytes(8))[0] for one in raw)
+        return reads, writes
+
+    try:
+        yield read
+    finally:
+        os.close(link)
+        os.close(program)

@@ -1,40 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest by guest: an image, one boot for all that is asked of it, and the guest's own tests as reports of this run."""
+"""The guest's own tests as reports of this run, and how long each guest took."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from xml.etree import ElementTree
+from collections.abc import Callable
 
 import pytest
 
-BOOTS = pytest.StashKey[list[str]]()
+from tests.vm.junit import Case
 
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One test of the guest. `outcome` is passed, failed or skipped; `text` says why."""
-
-    name: str
-    outcome: str
-    text: str
-    seconds: float
-
-
-def cases(junit: str) -> list[Case]:
-    """What a JUnit file of pytest (family xunit1) tells."""
-    found = []
-    for element in ElementTree.fromstring(junit).iter("testcase"):
-        outcome, text = "passed", ""
-        for child in element:
-            if child.tag in ("failure", "error"):
-                outcome, text = "failed", child.text or child.get("message", "")
-            elif child.tag == "skipped":
-                outcome, text = "skipped", child.get("message", "") or child.text or ""
-        file = element.get("file") or element.get("classname", "")
-        found.append(Case(f"{file}::{element.get('name')}", outcome, text, float(element.get("time", 0))))
-    return found
+Note = Callable[[str], None]
 
 
 Report = Callable[[str, Case], None]
@@ -57,11 +32,15 @@ def report(request: pytest.FixtureRequest) -> Report:
     return do
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[BOOTS] = []
+_NOTES = pytest.StashKey[list[str]]()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None] | None:
-    for line in terminalreporter.config.stash.get(BOOTS, []):
+@pytest.fixture(scope="session")
+def note(request: pytest.FixtureRequest) -> Note:
+    """Keeps a line for the end of the run."""
+    return request.config.stash.setdefault(_NOTES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in terminalreporter.config.stash.get(_NOTES, []):
         terminalreporter.write_line(line)
-    return None

@@ -24,21 +24,21 @@ CPUS = 2
 MEMORY = "2G"
 TOTAL_S = 2400
 SILENCE_S = 600  # an emulated machine under load is slow, but it says something now and then
+RESULTS = "/run/results"
 _RESULTS_BYTES = 64 << 20
 _COMMAND_LINE = "console=ttyS0 quiet mitigations=off panic=-1 rdinit=/init random.trust_cpu=on"
 
 
-class GuestLost(Exception):  # noqa: N818
+class GuestLost(Exception):
     """The machine, not a test: it did not boot, panicked, or went silent. Holds the end of its console."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to run in the checkout; `results` in the arguments stands for the folder whose files come back."""
+    """What to run in the checkout. Files that it leaves in RESULTS come back, its output as `<name>.out`."""
 
     name: str
     arguments: Sequence[str]
-    environment: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,7 @@ mount -t bpf -o mode=0700 bpf /sys/fs/bpf
 mount -t tracefs -o mode=0700 tracefs /sys/kernel/tracing
 depmod
 ip link set lo up
-mkdir /run/results
-results=/run/results
+mkdir $results
 cd /job/checkout
 cut -d' ' -f1 /proc/uptime >$results/boot
 report() { tar -C $results -cf /dev/vdc . && sync; }
@@ -97,12 +96,11 @@ sleep 60
 
 
 def _script(commands: Sequence[Command]) -> str:
-    lines = []
-    for command in commands:
-        environment = [f"{name}={value}" for name, value in command.environment.items()]
-        words = ["run", command.name, "env", *environment, *command.arguments]
-        lines.append(" ".join('"$results"' + word[7:] if word.startswith("results") else shlex.quote(word) for word in words))
-    return _INSIDE + "\n".join(lines) + "\n" + _END
+    return (
+        f"results={RESULTS}\n{_INSIDE}"
+        + "".join(f"run {shlex.join([one.name, *one.arguments])}\n" for one in commands)
+        + _END
+    )
 
 
 def _job(commands: Sequence[Command], path: Path) -> None:
@@ -191,6 +189,7 @@ def _result(image: Image, folder: Path, why: str, total_s: float) -> Result:
             tail = (folder / "console").read_text(errors="replace").splitlines()[-40:]
         except OSError:
             tail = []
-        lost = GuestLost(f"the guest {image.guest.name} was lost ({why or 'it stopped'}); its last words:\n" + "\n".join(tail))
+        reason = f"the guest {image.guest.name} was lost ({why or 'it stopped'}); its last words:"
+        lost = GuestLost("\n".join([reason, *tail]))
     statuses = {name.removesuffix(".status"): int(text) for name, text in files.items() if name.endswith(".status")}
     return Result(statuses, files, lost, float(files.get("boot", "nan")), total_s)

@@ -53,8 +53,8 @@ GUESTS = (
 
 PACKAGES = (
     "python3-bpfcc", "libbpf1", "python3-prometheus-client", "python3-yaml", "python3-systemd", "python3-uvicorn",
-    "python3-pytest", "python3-hypothesis", "fio", "iptables", "iproute2", "iputils-ping", "xfsprogs", "e2fsprogs", "util-linux",
-    "mount", "procps", "kmod",
+    "python3-pytest", "python3-hypothesis", "fio", "iptables", "iproute2", "iputils-ping", "xfsprogs", "e2fsprogs",
+    "util-linux", "mount", "procps", "kmod",
 )  # fmt: skip
 _UNPACKED_NOT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 
@@ -64,8 +64,8 @@ BOOT_MODULES = ("crc32c_generic?", "virtio_pci", "virtio_blk", "ext4")
 MODULES = (
     "xfs", "loop", "null_blk", "brd", "dm_mod", "dm_delay", "dm_flakey", "scsi_debug",
     "veth", "dummy", "bridge", "sch_netem", "sch_fq", "tcp_bbr", "ipv6",
-    "ip_tables", "ip6_tables", "iptable_filter", "ip6table_filter", "iptable_nat", "nf_tables", "nft_compat", "nft_counter",
-    "nft_chain_nat", "x_tables", "xt_statistic", "xt_tcpudp", "xt_conntrack", "xt_multiport", "xt_limit", "xt_comment",
+    "ip_tables", "ip6_tables", "iptable_filter", "ip6table_filter", "iptable_nat",
+    "nf_tables", "nft_compat", "nft_counter", "nft_chain_nat", "x_tables", "xt_statistic", "xt_tcpudp", "xt_conntrack", "xt_multiport", "xt_limit", "xt_comment",
     "xt_mark", "xt_addrtype", "ipt_REJECT", "ip6t_REJECT", "nf_reject_ipv4", "nft_limit", "nft_numgen",
 )  # fmt: skip
 

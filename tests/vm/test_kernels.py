@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.vm import guest, images
-from tests.vm.conftest import BOOTS, Case, Report, cases
-from tests.vm.guest import Command, Result
+from tests.vm.guest import RESULTS, Command, Result
 from tests.vm.images import CannotBuildError, Guest
+from tests.vm.junit import Case, cases
 
 pytestmark = pytest.mark.vm
 
@@ -24,20 +24,22 @@ TESTS = "BPFMETRICSD_VM_TESTS"  # arguments for the guest's pytest
 HOOKS = Path(__file__).with_name("hooks.txt")
 
 _PYTHON = "/usr/bin/python3"
-_LOADS = Command("loads", (_PYTHON, "-m", "tests.vm.loads", "results/loads.json"), {})
+_LOADS = Command("loads", (_PYTHON, "-m", "tests.vm.loads", f"{RESULTS}/loads.json"))
 
 
 def _pytest() -> Command:
     wanted = shlex.split(os.environ.get(TESTS, "")) or ["tests/kernel"]
-    arguments = (
-        *(_PYTHON, "-m", "pytest", "-v", "-m", "kernel", "-p", "no:cacheprovider", "--junitxml", "results/junit.xml"),
-        *("-o", "junit_family=xunit1", "-o", f"faulthandler_timeout={guest.SILENCE_S // 2}", *wanted),
-    )
-    return Command("tests", arguments, {"BPFMETRICSD_REQUIRE": "0"})
+    return Command("tests", (
+        *("env", "BPFMETRICSD_REQUIRE=0", _PYTHON, "-m", "pytest", "-v", "-m", "kernel", "-p", "no:cacheprovider"),
+        *(f"--junitxml={RESULTS}/junit.xml", "-o", "junit_family=xunit1"),
+        *("-o", f"faulthandler_timeout={guest.SILENCE_S // 2}", *wanted),
+    ))  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=images.chosen(os.environ.get(CHOICE, "")), ids=lambda one: one.name)
-def booted(request: pytest.FixtureRequest, lacks: Callable[[str], NoReturn]) -> tuple[Guest, Result]:
+def booted(
+    request: pytest.FixtureRequest, lacks: Callable[[str], NoReturn], note: Callable[[str], None]
+) -> tuple[Guest, Result]:
     """One boot for all the tests of a guest."""
     missing = images.missing_tools()
     if missing:
@@ -49,7 +51,7 @@ def booted(request: pytest.FixtureRequest, lacks: Callable[[str], NoReturn]) -> 
     except CannotBuildError as error:
         lacks(f"no guest {request.param.name}: {error}")
     result = guest.run(image, [_LOADS, _pytest()])
-    request.config.stash[BOOTS].append(
+    note(
         f"guest {request.param.name}: init after {result.boot_s:.0f} s, all done after {result.total_s:.0f} s"
         f"{' (lost)' if result.lost else ''}"
     )
@@ -83,7 +85,7 @@ def test_every_collector_loads_on_the_expected_hooks(booted: tuple[Guest, Result
     assert found == [line for line in known if line.startswith(f"{which.name} |")]
 
 
-def test_kernel_tests(booted: tuple[Guest, Result], report: Report) -> None:
+def test_kernel_tests(booted: tuple[Guest, Result], report: Callable[[str, Case], None]) -> None:
     """Each of the guest's tests is reported on its own; this one fails when the guest was lost or ran none."""
     which, result = booted
     status = int(result.text("tests.status", "tests"))
