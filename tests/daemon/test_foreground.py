@@ -140,7 +140,7 @@ def test_load_status_show_unload(machine: Machine) -> None:
     assert machine.call("unload").stdout == f"nothing was loaded in {machine.bpffs}\n"
     done = machine.call("show", "runqlat")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "is not loaded; run 'bpfmetricsd load'" in done.stderr
+    assert "runqlat: not loaded; run 'bpfmetricsd load'" in done.stderr
 
 
 def test_check_loads_nothing(machine: Machine) -> None:
@@ -184,7 +184,7 @@ def test_what_is_loaded_while_it_serves_is_served(machine: Machine) -> None:
     assert machine.call("load").returncode == 0
     machine.until("/-/ready", "ready\n")
     machine.call("unload", "--only", "oomkill")
-    machine.until("/-/ready", "oomkill is not loaded")
+    machine.until("/-/ready", "oomkill: not loaded")
     machine.call("unload")
     machine.until("/-/ready", "the folder of pins was removed")
 

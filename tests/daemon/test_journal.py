@@ -111,11 +111,12 @@ def test_any_event_is_one_printable_line(message: str, fields: dict[str, str | i
 RECEIVER = """
 import json, os, socket, struct, sys
 sys.path.insert(0, {root!r})
-from daemon.journal import Journal, SOCKET
+SOCKET = "/run/systemd/journal/socket"
 os.makedirs(os.path.dirname(SOCKET))
 receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 receiver.bind(SOCKET)
 receiver.settimeout(20)
+from daemon.journal import Journal  # only now: it looks for a journald when it is imported
 from test_journal import EVENT
 Journal().send(EVENT)
 data, entry = receiver.recv(1 << 16), {{}}

@@ -16,6 +16,7 @@ from daemon import service
 from daemon.app import Source
 from daemon.commands import read_config
 from daemon.config import CollectorConfig, Config, Listen, ServerConfig
+from daemon.engine import Engine
 from daemon.errors import UsageError
 from daemon.model import Family
 from daemon.service import Service
@@ -107,7 +108,7 @@ def test_tick_says_how_all_is(source: Service) -> None:
 
 
 def test_tick_counts_those_that_are_up(source: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "_up", lambda families: {"runqlat": True, "oomkill": False})
+    monkeypatch.setattr(Engine, "up", lambda engine: {"runqlat": True, "oomkill": False})
     assert source.tick().startswith("1 of 2 collectors up; ")
 
 

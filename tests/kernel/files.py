@@ -122,8 +122,17 @@ class Disk:
 
     kind: str
     folder: Path
+    source: str
     device: int
     name: str
+
+    def again(self) -> None:
+        """Mounted anew: nothing of it is in memory."""
+        _run("umount", str(self.folder))
+        self.mount()
+
+    def mount(self) -> None:
+        _run("mount", "-t", self.kind, "-o", _MOUNT[self.kind], self.source, str(self.folder))
 
     def file(self, name: str, size: int) -> File:
         """A file of random bytes, written back."""
@@ -163,17 +172,22 @@ def disk(kind: str, work: Path) -> Iterator[Disk]:
         undo.callback(_run, "umount", str(folder))
         number = folder.stat().st_dev
         major, minor = os.major(number), os.minor(number)
-        yield Disk(kind, folder, major << 20 | minor, f"{major}:{minor}")
+        yield Disk(kind, folder, source, major << 20 | minor, f"{major}:{minor}")
 
 
 @contextmanager
-def witness(own: Disk) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether anybody used other files since it was last asked."""
+def witness(own: Disk, blocks: bool = False) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether anybody used other files since it was last asked.
+
+    With `blocks`, the filesystem's own use of its block device is nobody else's: that file's inode number is the device's.
+    """
     instance = TRACING / "instances" / f"bpfmetricsd_test_{os.getpid()}"
     instance.mkdir()
     try:
         for event in _EVENTS:
+            inode = "ino" if event.startswith("writeback") else "i_ino"
             about = f'name != "{own.name}"' if event.startswith("writeback") else f"s_dev != {own.device}"
+            about += f" && {inode} != {own.device}" if blocks else ""
             (instance / "events" / event / "filter").write_text(about)
             (instance / "events" / event / "enable").write_text("1")
 
@@ -213,6 +227,12 @@ class Meter:
         raise AssertionError(f"in {_ATTEMPTS} attempts somebody else always used files; stop what else runs")
 
 
+def readahead(file: File, size: int) -> None:
+    """readahead(2)."""
+    failed = _libc.readahead(file.descriptor, ctypes.c_int64(0), ctypes.c_size_t(size))
+    assert not failed, os.strerror(ctypes.get_errno())
+
+
 def faults() -> tuple[int, int]:
     """Minor and major faults of this thread (getrusage(2))."""
     used = resource.getrusage(resource.RUSAGE_THREAD)
@@ -226,9 +246,9 @@ def dirtied() -> int:
 
 
 class Process:
-    """A child that does its load each time it is told to. It ends with the test."""
+    """A child that does its load, which gives a number, each time it is told to. It ends with the test."""
 
-    def __init__(self, load: Callable[[], object]) -> None:
+    def __init__(self, load: Callable[[], int]) -> None:
         orders, self._orders = os.pipe()
         self._reports, reports = os.pipe()
         self._child = os.fork()
@@ -239,19 +259,20 @@ class Process:
         os.close(reports)
 
     @staticmethod
-    def _serve(load: Callable[[], object], orders: int, reports: int) -> NoReturn:
+    def _serve(load: Callable[[], int], orders: int, reports: int) -> NoReturn:
         try:
             while os.read(orders, 1):
-                load()
-                os.write(reports, b".")
+                os.write(reports, load().to_bytes(8))
         finally:
             os._exit(0)
 
     def start(self) -> None:
         os.write(self._orders, b".")
 
-    def wait(self) -> None:
-        assert os.read(self._reports, 1), "the process ended"
+    def wait(self) -> int:
+        report = os.read(self._reports, 8)
+        assert report, "the process ended"
+        return int.from_bytes(report)
 
     def __enter__(self) -> Process:
         return self

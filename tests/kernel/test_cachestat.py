@@ -14,14 +14,15 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.kernel.files import (
-    MKFS, PAGE, TRACING, Counts, Disk, File, Meter, Process, dirtied, disk, faults, witness,
+    MKFS, PAGE, TRACING, Counts, Disk, File, Meter, Process, dirtied, disk, faults, nothing, readahead, witness,
 )  # fmt: skip
 
 pytestmark = pytest.mark.kernel
 KIB, MIB = 1 << 10, 1 << 20
-CHUNKS = (PAGE, 5000, 100_000, 128 * KIB, 1_000_000, MIB)
 READ_ONLY, READ_WRITE = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
+SINK = os.open("/dev/null", os.O_WRONLY)
 Start = Callable[..., tuple[Disk, Meter]]
+Read = Callable[[File, int, int], None]
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def start(load: Callable[..., Any], lacks: Callable[[str], NoReturn], tmp_path: 
     """`start("xfs")`: a filesystem, and a meter of what is done to it."""
     with ExitStack() as undo:
 
-        def do(kind: str, forbid: str = "") -> tuple[Disk, Meter]:
+        def do(kind: str, forbid: str = "", blocks: bool = False) -> tuple[Disk, Meter]:
             if not TRACING.is_dir():
                 lacks(f"{TRACING} is not mounted; mount -t tracefs tracefs {TRACING}")
             if kind in MKFS and not shutil.which(MKFS[kind][0]):
@@ -44,7 +45,7 @@ def start(load: Callable[..., Any], lacks: Callable[[str], NoReturn], tmp_path: 
             # The first read of a single page shows how this kernel tells a range's end; any program that starts does one.
             with own.file("first", PAGE) as file:
                 os.pread(file.descriptor, PAGE, 0)
-            return own, Meter(counts, undo.enter_context(witness(own)))
+            return own, Meter(counts, undo.enter_context(witness(own, blocks)))
 
         yield do
 
@@ -69,38 +70,290 @@ def _readv(file: File, size: int, at: int) -> None:
     os.readv(file.descriptor, [bytearray(size // 3), bytearray(size - size // 3)])
 
 
-def _cold_and_warm(meter: Meter, file: File, chunk: int, read: Callable[[File, int, int], None]) -> list[str]:
-    """Reads a file twice, `chunk` bytes at a time; what differs from what was there before each call."""
+def _sendfile(file: File, size: int, at: int) -> None:
+    os.sendfile(SINK, file.descriptor, at, size)
+
+
+def _sendfile_on(file: File, size: int, at: int) -> None:
+    if at == 0:
+        os.lseek(file.descriptor, 0, os.SEEK_SET)
+    os.sendfile(SINK, file.descriptor, None, size)
+
+
+def _whole(file: File, chunk: int, read: Read) -> int:
+    """Reads a file, `chunk` bytes at a time; how many pages were missing when they were asked for."""
+    missing = 0
+    for at, pages in file.chunks(chunk):
+        missing += file.missing(pages)
+        read(file, chunk, at)
+    return missing
+
+
+def _cold_and_warm(meter: Meter, file: File, chunk: int, read: Read) -> list[str]:
+    """What is wrong with a cold and a warm reading."""
     asked = sum(len(pages) for _, pages in file.chunks(chunk))
     missing = 0
 
     def whole() -> None:
         nonlocal missing
-        missing = 0
-        for at, pages in file.chunks(chunk):
-            missing += file.missing(pages)
-            read(file, chunk, at)
+        missing = _whole(file, chunk, read)
 
-    faults = []
-    for state, prepare in (("cold", file.chill), ("warm", lambda: None)):
+    wrong = []
+    for state, prepare in (("cold", file.chill), ("warm", nothing)):
         found = meter.measure(whole, prepare)
         wanted = Counts(asked, missing, file.pages if state == "cold" else 0)
         assert file.cached() == file.pages
         assert (missing > 0) == (state == "cold")
         if found != wanted:
-            faults.append(f"{file.path.name} {read.__name__} {chunk} {state}: {found}, not {wanted}")
-    return faults
+            wrong.append(f"{file.path.name} {read.__name__} {chunk} {state}: {found}, not {wanted}")
+    return wrong
 
 
 @pytest.mark.parametrize(("kind", "forbid"), [("ext4", ""), ("xfs", ""), ("ext4", "tp_btf"), ("xfs", "tp_btf")])
 def test_reads_in_chunks(start: Start, kind: str, forbid: str) -> None:
-    """The filesystems add folios of up to 2 MiB, and with fast readahead, slow devices a read finds part of its range there."""
+    """Every way to read and odd sizes: also reads that overtake readahead, of which some rounds have no event."""
     own, meter = start(kind, forbid)
-    faults: list[str] = []
+    wrong: list[str] = []
     with own.file("even", 4 * MIB) as even, own.file("odd", 3 * MIB + 1234) as odd:
-        for chunk in CHUNKS:
-            faults += _cold_and_warm(meter, even, chunk, _pread) + _cold_and_warm(meter, odd, chunk, _pread)
+        for chunk in (PAGE, 5000, 100_000, 128 * KIB, 1_000_000, MIB):
+            wrong += _cold_and_warm(meter, even, chunk, _pread) + _cold_and_warm(meter, odd, chunk, _pread)
         for read in (_preadv, _read, _readv):
             for chunk in (5000, 1_000_000):
-                faults += _cold_and_warm(meter, odd, chunk, read)
-    assert faults == []
+                wrong += _cold_and_warm(meter, odd, chunk, read)
+        for read in (_sendfile, _sendfile_on):
+            for chunk in (PAGE, 64 * KIB, MIB):
+                wrong += _cold_and_warm(meter, odd, chunk, read)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_single_reads(start: Start, kind: str) -> None:
+    own, meter = start(kind)
+    with own.file("file", MIB) as file, own.file("short", 10_000) as short:
+
+        def read(size: int, *places: int) -> Callable[[], None]:
+            def load() -> None:
+                for place in places:
+                    os.pread(file.descriptor, size, place * PAGE)
+
+            return load
+
+        assert meter.measure(read(MIB, 0), file.chill) == Counts(256, 256, 256)
+        assert meter.measure(read(MIB, 0)) == Counts(256)
+        assert meter.measure(read(10 * PAGE, 0, 0, 5)) == Counts(30), "the same range, and one that begins later"
+        assert meter.measure(lambda: (read(10 * PAGE, 20)(), read(5 * PAGE, 25)())) == Counts(15), "the same end"
+        assert meter.measure(read(1, 3, 200, 3)) == Counts(3)
+        assert meter.measure(read(8 * PAGE, 255)) == Counts(1), "over the end"
+        assert meter.measure(read(PAGE, 256, 300)) == Counts(), "at the end, and behind it"
+        assert meter.measure(lambda: os.pread(short.descriptor, MIB, 0), short.chill) == Counts(3, 3, 3)
+        assert meter.measure(lambda: os.pread(short.descriptor, 100, 4090)) == Counts(2)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_hole_is_read_into_the_cache(start: Start, kind: str) -> None:
+    own, meter = start(kind)
+    (own.folder / "sparse").touch()
+    os.truncate(own.folder / "sparse", 64 * PAGE)
+    with File(own.folder / "sparse") as file:
+        assert meter.measure(lambda: os.pread(file.descriptor, MIB, 0), file.chill) == Counts(64, 64, 64)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_direct_reads_pass_the_cache_by(start: Start, kind: str) -> None:
+    own, meter = start(kind)
+    with own.file("file", MIB) as file, File(file.path, os.O_RDONLY | os.O_DIRECT) as direct, mmap.mmap(-1, MIB) as buffer:
+        assert meter.measure(lambda: os.preadv(direct.descriptor, [buffer], 0), file.chill) == Counts()
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_what_was_asked_for_ahead_is_no_miss(start: Start, kind: str) -> None:
+    """fadvise, readahead(2) and madvise add pages; the read that comes next finds them, be they still on their way."""
+    own, meter = start(kind)
+    with own.file("file", MIB) as file, file.map(mmap.MAP_SHARED) as view:
+        ahead = {
+            "fadvise": lambda: os.posix_fadvise(file.descriptor, 0, MIB, os.POSIX_FADV_WILLNEED),
+            "readahead": lambda: readahead(file, MIB),
+            "madvise": lambda: view.madvise(mmap.MADV_WILLNEED),
+        }
+        for how, ask in ahead.items():
+            found = meter.measure(lambda ask=ask: (ask(), os.pread(file.descriptor, MIB, 0)), file.chill)
+            assert found == Counts(256, 0, 256), how
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_partly_cached_range(start: Start, kind: str) -> None:
+    """Islands in the cache: one request adds many runs of pages, some behind its end."""
+    own, meter = start(kind)
+    with own.file("file", MIB) as file:
+
+        def islands() -> None:
+            file.chill()
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            for place in range(10, 250, 7):
+                os.pread(file.descriptor, 1, place * PAGE)
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_NORMAL)
+            assert file.cached() == 35
+
+        for asked in (9, 10, 11, 100, 200, 256):
+            missing = asked - len(range(10, min(asked, 250), 7))
+            found = meter.measure(lambda asked=asked: os.pread(file.descriptor, asked * PAGE, 0), islands)
+            assert (found.accesses, found.misses) == (asked, missing)
+            assert found.added == file.cached() - 35
+
+
+def test_blocks_of_the_filesystem_between(start: Start) -> None:
+    """To find a fragmented file's data, ext4 reads blocks of its own after the pages were added and before they are read."""
+    own, meter = start("ext4", blocks=True)
+    count = 800
+    with File(own.folder / "first") as file:
+        os.truncate(file.path, 0)
+        for place in range(0, count, 2):
+            os.pwrite(file.descriptor, b"x", place * PAGE)
+
+    def mount() -> None:
+        own.again()
+        (own.folder / "first").stat()
+
+    def read() -> None:
+        with File(own.folder / "first", os.O_RDONLY) as file:
+            os.pread(file.descriptor, count * PAGE, 0)
+
+    found = meter.measure(read, mount)
+    assert (found.accesses, found.misses, found.dirtied) == (count, count - 1, 0)
+    assert found.added > count, "the blocks are pages of the cache too"
+
+
+@pytest.mark.parametrize(("kind", "forbid"), [("ext4", ""), ("xfs", ""), ("xfs", "tp_btf")])
+def test_faults_of_mapped_files(start: Start, kind: str, forbid: str) -> None:
+    """A fault is an access, of which the kernel counts as many; a miss where the page had to be read."""
+    own, meter = start(kind, forbid)
+    counted = (0, 0)
+    with own.file("file", 4 * MIB) as file, ExitStack() as undo:
+        view = undo.enter_context(file.map(mmap.MAP_SHARED))
+        ones = b"x" * file.pages
+
+        def fresh(flags: int, protection: int, random: bool, cold: bool) -> None:
+            nonlocal view
+            view.close()
+            if cold:
+                file.chill()
+            view = undo.enter_context(file.map(flags, protection))
+            if random:
+                view.madvise(mmap.MADV_RANDOM)
+
+        def touch(write: bool) -> None:
+            nonlocal counted
+            before = faults()
+            if write:
+                view[::PAGE] = ones
+            else:
+                view[::PAGE]
+            counted = (faults()[0] - before[0], faults()[1] - before[1])
+
+        for flags in (mmap.MAP_SHARED, mmap.MAP_PRIVATE):
+            for random in (True, False):
+                for write in (False, True):
+                    for cold in (True, False):
+                        protection = READ_WRITE if write else READ_ONLY
+                        case = f"{flags=} {random=} {write=} {cold=}"
+                        found = meter.measure(lambda: touch(write), lambda: fresh(flags, protection, random, cold))
+                        assert found.accesses == sum(counted), case
+                        assert found.added == (file.pages if cold else 0), case
+                        assert found.dirtied == (file.pages if write and flags == mmap.MAP_SHARED else 0), case
+                        if not cold:
+                            assert found.misses == 0, case
+                        elif random:
+                            assert found.misses == found.accesses == counted[1] == file.pages, case
+                        else:
+                            assert found.misses == 1, f"{case}: readahead brought the rest"
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_buffered_writes(start: Start, kind: str) -> None:
+    """Writes are no accesses. The kernel dirties folios, so one byte may make several pages dirty; /proc/vmstat agrees."""
+    own, meter = start(kind)
+    counted = 0
+    with own.file("file", 4 * MIB) as file:
+
+        def write(size: int, *places: int) -> Callable[[], None]:
+            def load() -> None:
+                nonlocal counted
+                before = dirtied()
+                for place in places:
+                    os.pwrite(file.descriptor, b"x" * size, place)
+                counted = dirtied() - before
+
+            return load
+
+        assert meter.measure(write(10 * PAGE, 0, 0, 5 * PAGE), file.chill) == Counts(added=15, dirtied=15)
+        assert counted == 15
+        assert meter.measure(write(10 * PAGE, 0)) == Counts(), "dirty already"
+        assert meter.measure(lambda: os.pread(file.descriptor, 10 * PAGE, 0)) == Counts(10), "written and found"
+        assert meter.measure(write(10 * PAGE, 0), lambda: os.fsync(file.descriptor)) == Counts(dirtied=counted)
+        assert meter.measure(write(1, 100, 20 * PAGE), file.chill) == Counts(added=2, dirtied=2), "a part of a page"
+
+        def large() -> None:
+            file.chill()
+            _whole(file, PAGE, _pread)
+
+        found = meter.measure(write(1, MIB, 2 * MIB, 3 * MIB), large)
+        assert found == Counts(dirtied=counted)
+        assert counted > 3, "readahead made large folios"
+        assert meter.measure(write(MIB, 0, MIB), file.chill) == Counts(added=512, dirtied=counted)
+        assert counted == 512
+
+
+def test_tmpfs_is_no_cache(start: Start) -> None:
+    """Its files are in memory for good: nothing of theirs is counted, as the kernel counts nothing dirty."""
+    own, meter = start("tmpfs")
+    with own.file("file", MIB) as file, ExitStack() as undo:
+        view = undo.enter_context(file.map(mmap.MAP_SHARED, READ_WRITE))
+
+        def fresh() -> None:
+            nonlocal view
+            view.close()
+            view = undo.enter_context(file.map(mmap.MAP_SHARED, READ_WRITE))
+
+        def touch() -> None:
+            view[::PAGE]
+            view[::PAGE] = b"x" * file.pages
+
+        assert meter.measure(lambda: os.pread(file.descriptor, MIB, 0)) == Counts()
+        assert meter.measure(lambda: os.pwrite(file.descriptor, b"x" * MIB, 0)) == Counts()
+        assert meter.measure(touch, fresh) == Counts()
+
+
+def test_concurrent_readers(start: Start) -> None:
+    """Two processes read two cold files at the same time, and both warm files at the same time."""
+    own, meter = start("xfs")
+    with own.file("one", 3 * MIB + 5) as one, own.file("two", 4 * MIB) as two:
+        with Process(lambda: _whole(one, 5000, _pread)) as left, Process(lambda: _whole(two, 100_000, _read)) as right:
+            missing = 0
+
+            def both() -> None:
+                nonlocal missing
+                left.start()
+                right.start()
+                missing = left.wait() + right.wait()
+
+            asked = sum(len(pages) for file, size in ((one, 5000), (two, 100_000)) for _, pages in file.chunks(size))
+            cold = meter.measure(both, lambda: (one.chill(), two.chill()))
+            assert cold == Counts(asked, missing, one.pages + two.pages)
+            assert meter.measure(both) == Counts(asked)
+
+
+def test_readers_of_one_file(start: Start) -> None:
+    """Two processes read the same cold file: what one adds, the other finds."""
+    own, meter = start("ext4")
+    with own.file("file", 4 * MIB) as file:
+
+        def read() -> int:
+            for at in range(0, file.size, 64 * KIB):
+                os.pread(file.descriptor, 64 * KIB, at)
+            return 0
+
+        with Process(read) as left, Process(read) as right:
+            found = meter.measure(lambda: (left.start(), right.start(), left.wait(), right.wait()), file.chill)
+    assert found.accesses == 2 * file.pages
+    assert found.added == file.pages
+    assert 16 <= found.misses <= file.pages, "at least the first range was missing"

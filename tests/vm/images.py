@@ -65,7 +65,8 @@ MODULES = (
     "xfs", "loop", "null_blk", "brd", "dm_mod", "dm_delay", "dm_flakey", "scsi_debug",
     "veth", "dummy", "bridge", "sch_netem", "sch_fq", "tcp_bbr", "ipv6",
     "ip_tables", "ip6_tables", "iptable_filter", "ip6table_filter", "iptable_nat",
-    "nf_tables", "nft_compat", "nft_counter", "nft_chain_nat", "x_tables", "xt_statistic", "xt_tcpudp", "xt_conntrack", "xt_multiport", "xt_limit", "xt_comment",
+    "nf_tables", "nft_compat", "nft_counter", "nft_chain_nat", "x_tables",
+    "xt_statistic", "xt_tcpudp", "xt_conntrack", "xt_multiport", "xt_limit", "xt_comment",
     "xt_mark", "xt_addrtype", "ipt_REJECT", "ip6t_REJECT", "nf_reject_ipv4", "nft_limit", "nft_numgen",
 )  # fmt: skip
 

@@ -24,9 +24,9 @@ def cases(junit: str) -> list[Case]:
         outcome, text = "passed", ""
         for child in element:
             if child.tag in ("failure", "error"):
-                outcome, text = "failed", child.text or child.get("message", "")
+                outcome, text = "failed", child.text or child.get("message") or ""
             elif child.tag == "skipped":
-                outcome, text = "skipped", child.get("message", "") or child.text or ""
+                outcome, text = "skipped", child.get("message") or child.text or ""
         file = element.get("file") or element.get("classname", "")
         found.append(Case(f"{file}::{element.get('name')}", outcome, text, float(element.get("time", 0))))
     return found
