@@ -235,6 +235,7 @@ def test_faults_of_mapped_files(start: Start, kind: str, forbid: str) -> None:
         def fresh(flags: int, protection: int, random: bool, cold: bool) -> None:
             nonlocal view
             view.close()
+            os.fsync(file.descriptor)
             if cold:
                 file.chill()
             view = undo.enter_context(file.map(flags, protection))

@@ -167,7 +167,7 @@ def test_corners(slots: Callable[[int], Slots]) -> None:
 
 def test_random_values_of_every_magnitude(slots: Callable[[int], Slots]) -> None:
     numbers = random.Random(3)
-    assert not differences(slots, (numbers.getrandbits(numbers.randint(1, 64)) for _ in range(4000)))
+    assert not differences(slots, (numbers.getrandbits(numbers.randint(1, 64)) for _ in range(10_000)))
 
 
 @settings(max_examples=50, deadline=None)
