@@ -100,17 +100,17 @@ class File:
     def missing(self, asked: range) -> int:
         """How many of these pages are not in the page cache, nor on their way into it (cachestat(2), kernel 6.5).
 
-        Where the call makes way for another task, it goes on behind the next folio when the range began inside one
-        (xas_pause adds the folio's size to an index that is not its first): only ever too few are found, so ask again.
+        Counted from the file's start: when the call makes way for another task while its range begins inside a folio, it
+        overlooks what comes next (xas_pause adds the folio's size to an index that is not its first).
         """
-        what = _Range(asked.start * PAGE, len(asked) * PAGE)
+        return len(asked) - (self._present(asked.stop) - self._present(asked.start))
+
+    def _present(self, end: int) -> int:
+        what = _Range(0, end * PAGE)  # a length of 0 would mean all of it
         result = (ctypes.c_uint64 * 5)()  # struct cachestat: nr_cache comes first
-        found = 0
-        for _ in range(3):
-            failed = _libc.syscall(_CACHESTAT, self.descriptor, ctypes.byref(what), ctypes.byref(result), 0)
-            assert not failed, os.strerror(ctypes.get_errno())
-            found = max(found, result[0])
-        return len(asked) - found
+        failed = end and _libc.syscall(_CACHESTAT, self.descriptor, ctypes.byref(what), ctypes.byref(result), 0)
+        assert not failed, os.strerror(ctypes.get_errno())
+        return result[0]
 
     def map(self, flags: int, protection: int = mmap.PROT_READ) -> mmap.mmap:
         return mmap.mmap(self.descriptor, self.size, flags=flags, prot=protection)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -175,3 +174,229 @@ def witness(disk: Disk) -> Iterator[Callable[[], tuple[int, int]]]:
     finally:
         os.close(link)
         os.close(program)
+
+
+_SWITCHES = """
+BPF_PERCPU_ARRAY(seen, u64, 2);
+int switched(unsigned long long *ctx)
+{
+	struct task_struct *next = (void *)ctx[2];
+	int which = next->pid == 0;
+	u64 *count = seen.lookup(&which);
+
+	if (count)
+		*count += 1;
+	return 0;
+}
+"""
+
+
+class Switches(NamedTuple):
+    """Context switches of the whole machine: all that there were, and those that BPF saw, to tasks and to idle."""
+
+    all: int
+    to_tasks: int
+    to_idle: int
+
+    def since(self, before: Switches) -> Switches:
+        return Switches(*(now - then for now, then in zip(self, before, strict=True)))
+
+    @property
+    def unseen(self) -> int:
+        """Those that the kernel kept from BPF, and a few of the moment between two readings."""
+        return abs(self.all - self.to_tasks - self.to_idle)
+
+
+@contextmanager
+def switches() -> Iterator[Callable[[], Switches]]:
+    """Counts context switches with the smallest of programs; `all` is the kernel's own count (ctxt in /proc/stat)."""
+    compiled = compile_text(Btf().header({"task_struct": ("pid",)}, ()).text + _SWITCHES, ())
+    seen = compiled.maps["seen"].descriptor
+    target = libbpf.vmlinux_btf_id("sched_switch", libbpf.ATTACH_TRACE_RAW_TP)
+    code = compiled.functions["switched"]
+    program = libbpf.prog_load("switched", libbpf.PROG_TYPE_TRACING, code, libbpf.ATTACH_TRACE_RAW_TP, target)
+    link = libbpf.raw_tracepoint_open(None, program)
+    cpus = libbpf.possible_cpus()
+
+    def read() -> Switches:
+        raw = [libbpf.map_lookup(seen, struct.pack("I", which), 8 * cpus) for which in (0, 1)]
+        to_tasks, to_idle = (sum(struct.unpack(f"{cpus}Q", one or bytes(8 * cpus))) for one in raw)
+        (line,) = [line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("ctxt ")]
+        return Switches(int(line.split()[1]), to_tasks, to_idle)
+
+    try:
+        yield read
+    finally:
+        os.close(link)
+        os.close(program)
+
+
+class Waits(NamedTuple):
+    """/proc/PID/schedstat of some tasks, summed up: time runnable without a CPU, and how often they then got one."""
+
+    wait_ns: int
+    count: int
+
+    def since(self, before: Waits) -> Waits:
+        return Waits(self.wait_ns - before.wait_ns, self.count - before.count)
+
+
+class Crew:
+    """Processes in a cgroup of their own, that work when told to, and sleep before and after.
+
+    Who reads the accounts is outside of the cgroup, and does it while all inside are asleep.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[Callable[[], None]]) -> None:
+        self._folder = folder
+        go, self._go = os.pipe()
+        self._done, done = os.pipe()
+        self._own = [self._start(job, go, done) for job in jobs]
+        os.close(go)
+        os.close(done)
+        self.asleep()
+
+    def _start(self, job: Callable[[], None], go: int, done: int) -> int:
+        pid = os.fork()
+        if pid:
+            (self._folder / "cgroup.procs").write_text(str(pid))
+            return pid
+        try:
+            os.close(self._go)
+            while os.read(go, 1):
+                job()
+                os.write(done, b".")
+        finally:
+            os._exit(0)
+
+    @property
+    def pids(self) -> list[int]:
+        """All in the cgroup, also what the jobs started."""
+        return [int(line) for line in (self._folder / "cgroup.procs").read_text().split()]
+
+    def work(self, beside: Callable[[], None] = lambda: None) -> Waits:
+        """Lets all of them work, and does something beside it; what their waits were to the kernel."""
+        before = self.asleep()
+        os.write(self._go, b"." * len(self._own))
+        beside()
+        for _ in self._own:
+            assert os.read(self._done, 1) == b"."
+        return self.asleep().since(before)
+
+    def asleep(self) -> Waits:
+        """Comes back when all are asleep, with the sum of their accounts."""
+        for pid in self.pids:
+            while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+                time.sleep(0.001)
+        accounts = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in self.pids]
+        return Waits(sum(int(fields[1]) for fields in accounts), sum(int(fields[2]) for fields in accounts))
+
+    def end(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._own:
+            os.waitpid(pid, 0)
+        os.close(self._go)
+        os.close(self._done)
+
+
+@contextmanager
+def cgroup() -> Iterator[tuple[Path, str]]:
+    """A cgroup v2 of the test's own: its folder, and its path in metrics."""
+    root = cgroups.mount_point()
+    assert root is not None
+    folder = root / f"bpfmetricsd_test_{os.getpid()}_{time.monotonic_ns()}"
+    folder.mkdir()
+    try:
+        yield folder, f"/{folder.name}"
+    finally:
+        while "populated 1" in (folder / "cgroup.events").read_text():
+            time.sleep(0.001)
+        folder.rmdir()
+
+
+@contextmanager
+def crew(folder: Path, jobs: Sequence[Callable[[], None]]) -> Iterator[Crew]:
+    made = Crew(folder, jobs)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def burn(seconds: float) -> Callable[[], None]:
+    """Keeps a CPU busy."""
+
+    def job() -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+
+    return job
+
+
+def nap(times: int) -> Callable[[], None]:
+    """Sleeps and wakes up."""
+
+    def job() -> None:
+        for _ in range(times):
+            time.sleep(0.0005)
+
+    return job
+
+
+def breed(children: int, seconds: float) -> Callable[[], None]:
+    """Starts processes that each keep a CPU busy for a while, and then sleep for ever."""
+
+    def job() -> None:
+        for _ in range(children):
+            if os.fork() == 0:
+                burn(seconds)()
+                while True:
+                    signal.pause()
+
+    return job
+
+
+@contextmanager
+def ping_pong(pairs: int, rounds: int) -> Iterator[list[Callable[[], None]]]:
+    """Pairs of jobs that send each other a byte to and fro over two pipes."""
+    jobs, descriptors = [], []
+    for _ in range(pairs):
+        there, back = os.pipe(), os.pipe()
+        descriptors += [*there, *back]
+        jobs += [_sender(there[1], back[0], rounds), _returner(back[1], there[0], rounds)]
+    try:
+        yield jobs
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _sender(out: int, back: int, rounds: int) -> Callable[[], None]:
+    def job() -> None:
+        for _ in range(rounds):
+            os.write(out, b".")
+            os.read(back, 1)
+
+    return job
+
+
+def _returner(out: int, there: int, rounds: int) -> Callable[[], None]:
+    def job() -> None:
+        for _ in range(rounds):
+            os.read(there, 1)
+            os.write(out, b".")
+
+    return job
+
+
+def flip(pids: Sequence[int], times: int, pause_s: float) -> None:
+    """Sends every process to the next CPU, again and again, whether it runs or waits; in the end all are free again."""
+    cpus = sorted(os.sched_getaffinity(0))
+    for turn in range(times):
+        for number, pid in enumerate(pids):
+            os.sched_setaffinity(pid, {cpus[(turn + number) % len(cpus)]})
+        time.sleep(pause_s)
+    for pid in pids:
+        os.sched_setaffinity(pid, cpus)
