@@ -19,11 +19,11 @@ from daemon.model import Metric
 OPERATIONS = ("read", "write", "flush", "discard", "other")  # enum operation
 _LABELS = ("device", "operation")
 
-# include/linux/blk_types.h: BLK_STS_*; only those whose number is the same on all kernels since 5.17.
+# include/linux/blk_types.h: BLK_STS_*. From 14 on a number's meaning depends on the kernel ("block: Remove
+# BLK_STS_ZONE_RESOURCE" moved them), and BTF does not know these macros.
 _STATUS = {
     1: "notsupp", 2: "timeout", 3: "nospc", 4: "transport", 5: "target", 6: "resv_conflict", 7: "medium",
     8: "protection", 9: "resource", 10: "ioerr", 11: "dm_requeue", 12: "again", 13: "dev_resource",
-    14: "zone_resource", 15: "zone_open_resource", 16: "zone_active_resource", 17: "offline",
 }  # fmt: skip
 
 DURATION = Metric(
@@ -66,7 +66,7 @@ def decode(tables: Tables, context: Context) -> Decoded:
         key = row.key
         errors.add((text(key["disk"]), OPERATIONS[key["operation"]], error_name(key["error"])), row.value)
     families = [totals.family(context.created) for totals in (duration, queue, size, errors)]
-    return Decoded(families, duration.dropped)
+    return Decoded(families, duration.dropped + errors.dropped)
 
 
 def _others(rows: Sequence[Row]) -> list[Row]:

@@ -30,11 +30,11 @@ def decode(tables: Tables, context: Context) -> Decoded:
     if context.options["by"] != "cgroup":
         latency.add((), distribution(tables["run_queue_all"][0].value, "wait", SECONDS, context))
         return Decoded([latency.family(context.created)])
-    # Groups that are gone keep counting in 'other', so that the sum over all never falls.
+    # 'other' comes first, so that it has a place. Groups that are gone go on in it: the sum over all never falls.
+    latency.add((OTHER,), distribution(tables["run_queue_all"][0].value, "wait", SECONDS, context))
     for row in tables["run_queue"]:
         path = context.cgroup_path(row.key) or OTHER
         latency.add((path,), distribution(row.value, "wait", SECONDS, context))
-    latency.add((OTHER,), distribution(tables["run_queue_all"][0].value, "wait", SECONDS, context))
     return Decoded([latency.family(context.created)], latency.dropped)
 
 

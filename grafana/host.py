@@ -6,6 +6,7 @@ The tiles answer which of CPU, disk, memory and network it is; below, each has a
 
 from __future__ import annotations
 
+from collectors.oomkill import MESSAGE_ID
 from grafana.parts import ANY, Help, Query, board, buckets, graph, grown, heatmap, quantile, row, tile, total
 
 _RUN_QUEUE = "bpf_run_queue_latency_seconds"
@@ -107,7 +108,7 @@ _PANELS = (
     graph(
         "OOM kills", "none",
         Help("Processes killed for want of memory, by scope and the victim's cgroup.", "none.",
-             "look up the victim: journalctl MESSAGE_ID=b7a3e0c64f1d4a58933e6c1f0d2b9a84."),
+             f"look up the victim: journalctl MESSAGE_ID={MESSAGE_ID}."),
         Query(grown("bpf_oom_kills_total", "HOST", "scope, cgroup"), "{{cgroup}} ({{scope}})"), stack=True,
     ),
     graph(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collectors.oomkill import MESSAGE_ID
 from grafana.host import HITS
 from grafana.parts import ANY, Column, Help, Query, board, graph, grown, table, variable
 
@@ -45,7 +46,7 @@ _PANELS = (
         "OOM kills", "none",
         Help("Processes killed for want of memory, by scope and the victim's cgroup.", "none.",
              "memcg: raise memory.max of the cgroup or mend its leak. global: the host is too small for what runs on"
-             " it; give cgroups limits. The victim: journalctl MESSAGE_ID=b7a3e0c64f1d4a58933e6c1f0d2b9a84."),
+             f" it; give cgroups limits. The victim: journalctl MESSAGE_ID={MESSAGE_ID}."),
         Query(grown("bpf_oom_kills_total", _OOM, "scope, cgroup"), "{{cgroup}} ({{scope}})"), stack=True,
     ),
     table(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,17 +47,18 @@ Load = Callable[..., Loaded]
 
 
 @pytest.fixture
-def folders(tmp_path: Path, lacks: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
-    """A folder for pins and one for manifests; both are gone afterwards, with all programs."""
+def folders(lacks: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
+    """A folder for pins and one for manifests, which a server without privilege can reach; gone afterwards."""
     try:
         loader.preflight()
     except UnsupportedError as error:
         lacks(str(error))
-    bpffs = Path(f"/sys/fs/bpf/bpfmetricsd_test_{os.getpid()}_{abs(hash(tmp_path)) % 10**8}")
-    state = tmp_path / "state"
-    yield bpffs, state
-    loader.unload(Config(collectors={}, bpffs=bpffs, state=state))
-    assert not bpffs.exists()
+    with tempfile.TemporaryDirectory(prefix="bpfmetricsd_test_") as folder:
+        Path(folder).chmod(0o755)
+        bpffs, state = Path("/sys/fs/bpf", Path(folder).name), Path(folder, "state")
+        yield bpffs, state
+        loader.unload(Config(collectors={}, bpffs=bpffs, state=state))
+        assert not bpffs.exists()
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads of the page cache with known counts: filesystems of our own, files that are cold on demand, and a witness.
 
-The metrics cover the whole machine. The witness is a tracefs instance that records what anybody does to files of
-other filesystems than the one under test, so that a measurement with foreign activity in it can be made again.
+The metrics cover the whole machine. The witness is a tracefs instance that records what others do meanwhile, so that a
+measurement with foreign activity in it can be made again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ TRACING = Path("/sys/kernel/tracing")
 MKFS = {"ext4": ("mkfs.ext4", "-q", "-F", "-O", "^has_journal"), "xfs": ("mkfs.xfs", "-q", "-f")}
 _MOUNT = {"ext4": "noatime,lazytime", "xfs": "noatime,lazytime", "tmpfs": "size=64m"}
 _IMAGE_BYTES = 320 << 20  # sparse; mkfs.xfs wants 300 MiB
-_EVENTS = (
-    "filemap/mm_filemap_add_to_page_cache", "filemap/mm_filemap_get_pages", "filemap/mm_filemap_fault",
-    "filemap/mm_filemap_map_pages", "writeback/writeback_dirty_folio",
+_USES = tuple(
+    f"filemap/mm_filemap_{what}" for what in ("add_to_page_cache", "get_pages", "fault", "map_pages")
 )  # fmt: skip
+_DELETES = "filemap/mm_filemap_delete_from_page_cache"
+_DIRTIES = "writeback/writeback_dirty_folio"
 _ATTEMPTS = 400
 _CACHESTAT = 451  # system call on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -177,17 +178,18 @@ def disk(kind: str, work: Path) -> Iterator[Disk]:
 
 @contextmanager
 def witness(own: Disk, blocks: bool = False) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether anybody used other files since it was last asked.
+    """Gives a function that says whether anybody meddled since it was last asked: used other files, or took pages of ours
+    away (memory reclaim, DAMON).
 
     With `blocks`, the filesystem's own use of its block device is nobody else's: that file's inode number is the device's.
     """
+    filters = {event: f"s_dev != {own.device}" + (f" && i_ino != {own.device}" if blocks else "") for event in _USES}
+    filters[_DIRTIES] = f'name != "{own.name}"' + (f" && ino != {own.device}" if blocks else "")
+    filters[_DELETES] = f"s_dev == {own.device}"
     instance = TRACING / "instances" / f"bpfmetricsd_test_{os.getpid()}"
     instance.mkdir()
     try:
-        for event in _EVENTS:
-            inode = "ino" if event.startswith("writeback") else "i_ino"
-            about = f'name != "{own.name}"' if event.startswith("writeback") else f"s_dev != {own.device}"
-            about += f" && {inode} != {own.device}" if blocks else ""
+        for event, about in filters.items():
             (instance / "events" / event / "filter").write_text(about)
             (instance / "events" / event / "enable").write_text("1")
 
@@ -198,7 +200,7 @@ def witness(own: Disk, blocks: bool = False) -> Iterator[Callable[[], bool]]:
 
         yield others
     finally:
-        for event in _EVENTS:
+        for event in filters:
             (instance / "events" / event / "enable").write_text("0")
         instance.rmdir()
 
@@ -209,7 +211,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Meter:
-    """What a load adds to the counts, measured while nobody else used a file."""
+    """What a load adds to the counts, measured while nobody meddled."""
 
     counts: Callable[[], Counts]
     others: Callable[[], bool]
@@ -224,7 +226,7 @@ class Meter:
             if not self.others():
                 return after.since(before)
             time.sleep(0.001 * (attempt % 50))
-        raise AssertionError(f"in {_ATTEMPTS} attempts somebody else always used files; stop what else runs")
+        raise AssertionError(f"in {_ATTEMPTS} attempts somebody else always used files or memory; stop what else runs")
 
 
 def readahead(file: File, size: int) -> None:

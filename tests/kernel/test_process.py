@@ -13,18 +13,19 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from load import loop_device
-from memory import oom_kill
 
+from tests.kernel.load import loop_device
+from tests.kernel.memory import oom_kill
 
 pytestmark = pytest.mark.kernel
 
 ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[..., AbstractContextManager["Daemon"]]
 OPENMETRICS = {"Accept": "application/openmetrics-text"}
 
 
@@ -73,23 +74,25 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def daemon(folders: tuple[Path, Path], tmp_path: Path) -> Callable[[str], Daemon]:
-    """`with daemon("run") as one:` starts a command on a configuration of the test's own and waits for its line."""
+def config(folders: tuple[Path, Path]) -> Path:
+    """A configuration file with all six collectors, as readable as one in /etc."""
     port = free_port()
-    config = tmp_path / "bpfmetricsd.yaml"
+    file = folders[1].parent / "bpfmetricsd.yaml"
     names = ("biolatency", "runqlat", "tcpretrans", "cachestat", "oomkill", "tcplife")
-    config.write_text(
+    file.write_text(
         f"server: {{listen: '127.0.0.1:{port}'}}\ninterval: 1s\nbpffs: {folders[0]}\nstate: {folders[1]}\n"
         f"collectors: {{{', '.join(f'{name}: {{}}' for name in names)}}}\n"
     )
-    tmp_path.chmod(0o755)  # as /etc is: the server reads its configuration again without privilege
-    for parent in tmp_path.parents:
-        if parent.stat().st_mode & 0o005 != 0o005 and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o005)
+    return file
+
+
+@pytest.fixture
+def daemon(config: Path) -> Start:
+    """`with daemon("run") as one:` starts a command and waits for the line that says it listens."""
 
     @contextmanager
     def start(command: str, *more: str) -> Iterator[Daemon]:
-        errors = tmp_path / f"{command}-{time.monotonic_ns()}.err"
+        errors = config.parent / f"{command}-{time.monotonic_ns()}.err"
         with errors.open("w") as stream:
             process = subprocess.Popen(
                 [sys.executable, "-m", "daemon", command, "--config", str(config), *more],
@@ -110,7 +113,7 @@ def daemon(folders: tuple[Path, Path], tmp_path: Path) -> Callable[[str], Daemon
     return start
 
 
-def test_server_has_no_privilege_no_compiler_and_stays_small(daemon: Callable[..., Daemon]) -> None:
+def test_server_has_no_privilege_no_compiler_and_stays_small(daemon: Start) -> None:
     with daemon("run") as one:
         page = one.get()
         assert re.findall(r"^bpfmetricsd_collector_up\{.*\} (\S+)", page, re.MULTILINE) == ["1"] * 6
@@ -128,7 +131,7 @@ def test_server_has_no_privilege_no_compiler_and_stays_small(daemon: Callable[..
         assert one.process.wait(10) == 0
 
 
-def test_no_count_is_lost_while_the_server_is_dead(daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+def test_no_count_is_lost_while_the_server_is_dead(daemon: Start, tmp_path: Path) -> None:
     with loop_device(tmp_path / "disk") as disk:
         series = f'bpf_block_io_duration_seconds_count{{device="{disk.name}",operation="read"}}'
         with daemon("run") as one:
@@ -142,7 +145,7 @@ def test_no_count_is_lost_while_the_server_is_dead(daemon: Callable[..., Daemon]
             assert one.value(series) == before + 1000
 
 
-def test_oom_kill_is_told_after_the_restart_with_its_own_time(daemon: Callable[..., Daemon]) -> None:
+def test_oom_kill_is_told_after_the_restart_with_its_own_time(daemon: Start) -> None:
     with daemon("run") as one:
         one.get()
         os.kill(one.server(), signal.SIGKILL)
@@ -161,7 +164,7 @@ def test_oom_kill_is_told_after_the_restart_with_its_own_time(daemon: Callable[.
     assert int(earliest) <= calendar.timegm(stamp) <= latest
 
 
-def test_terminated_it_leaves_the_programs_counting(daemon: Callable[..., Daemon], folders: tuple[Path, Path]) -> None:
+def test_terminated_it_leaves_the_programs_counting(daemon: Start, folders: tuple[Path, Path]) -> None:
     with daemon("run") as one:
         one.get()
     assert sorted(path.name for path in folders[0].iterdir()) == sorted(
@@ -169,7 +172,7 @@ def test_terminated_it_leaves_the_programs_counting(daemon: Callable[..., Daemon
     )
 
 
-def test_unload_on_exit_leaves_nothing(daemon: Callable[..., Daemon], folders: tuple[Path, Path]) -> None:
+def test_unload_on_exit_leaves_nothing(daemon: Start, folders: tuple[Path, Path]) -> None:
     with daemon("run", "--unload-on-exit") as one:
         one.get()
         one.process.terminate()
@@ -177,18 +180,17 @@ def test_unload_on_exit_leaves_nothing(daemon: Callable[..., Daemon], folders: t
     assert not folders[0].exists()
 
 
-def test_reload_reads_the_configuration_again(daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+def test_reload_reads_the_configuration_again(daemon: Start, config: Path) -> None:
     with daemon("run") as one:
-        path = tmp_path / "bpfmetricsd.yaml"
-        text = path.read_text()
-        path.write_text(text.replace("cachestat: {}", "cachestat: {typo: 1}"))
+        text = config.read_text()
+        config.write_text(text.replace("cachestat: {}", "cachestat: {typo: 1}"))
         os.kill(one.server(), signal.SIGHUP)
         deadline = time.monotonic() + 10
         while "typo" not in one.log and time.monotonic() < deadline:
             time.sleep(0.1)
         assert re.search(r"bpfmetricsd\.yaml:5: .*typo", one.log)
         assert 'bpfmetricsd_collector_up{collector="cachestat"} 1' in one.get()
-        path.write_text(text.replace("cachestat: {}, ", ""))
+        config.write_text(text.replace("cachestat: {}, ", ""))
         os.kill(one.server(), signal.SIGHUP)
         while 'collector="cachestat"' in one.get() and time.monotonic() < deadline:
             time.sleep(0.1)

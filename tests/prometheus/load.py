@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small real load of each kind that the collectors count, on a loop device, loopback and a memory cgroup of its own."""
+"""A small real load of each kind that the collectors count, on a loop device, loopback and in a memory cgroup."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ _EAT = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); bytearra
 def loop_device(folder: Path) -> Iterator[Path]:
     """A disk of 64 MiB of which 8 can be written: beyond them it gives errors."""
     with ExitStack() as undo:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_FITS}", "tmpfs", folder], check=True)
-        undo.callback(subprocess.run, ["umount", folder], check=True)
+        _command("mount", "-t", "tmpfs", "-o", f"size={_FITS}", "tmpfs", folder)
+        undo.callback(_command, "umount", folder)
         file = folder / "disk"
         file.touch()
         os.truncate(file, 64 * MIB)
-        done = subprocess.run(["losetup", "--find", "--show", file], check=True, stdout=subprocess.PIPE, text=True)
-        device = done.stdout.strip()
-        undo.callback(subprocess.run, ["losetup", "--detach", device], check=True)
+        device = _command("losetup", "--find", "--show", file)
+        undo.callback(_command, "losetup", "--detach", device)
         yield Path(device)
+
+
+def _command(*words: str | Path) -> str:
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def disk(device: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from collectors import oomkill
 from tests.prometheus import load
-from tests.prometheus.conftest import JOB, ROOT, RULES, Daemon, Prometheus, get, wait
+from tests.prometheus.harness import JOB, ROOT, RULES, Daemon, Prometheus, get, wait
 
 pytestmark = pytest.mark.prometheus
 Program = Callable[[str], str]
@@ -35,10 +36,12 @@ def promtool(program: Program, *words: str | Path, text: bytes = b"") -> str:
 
 
 def test_both_formats_are_scraped(prometheus: Prometheus) -> None:
-    up = prometheus.query("min_over_time(up[1h])")
-    assert {dict(labels)["job"] for labels, value in up.items() if value == 1} >= {JOB, "text"}
-    samples = "count by (__name__) ({job='%s',__name__=~'bpf.+',__name__!~'.+_created'})"
-    names = [{dict(labels)["__name__"] for labels in prometheus.query(samples % job)} for job in (JOB, "text")]
+    assert {dict(labels)["job"] for labels in prometheus.query("up == 1")} >= {JOB, "text"}
+    metrics = '__name__=~"bpf.+",__name__!~".+_created"'
+    names = [
+        {dict(labels)["__name__"] for labels in prometheus.query(f'count by (__name__) ({{job="{job}",{metrics}}})')}
+        for job in (JOB, "text")
+    ]
     assert names[0] == names[1]
 
 
@@ -81,7 +84,9 @@ def test_every_alert_is_tested_and_explained() -> None:
     (group,) = yaml.safe_load((RULES / "alerting.yaml").read_text())["groups"]
     tests = [one for path in (RULES / "tests").glob("*.yaml") for one in yaml.safe_load(path.read_text())["tests"]]
     cases = [case for one in tests for case in one.get("alert_rule_test", ())]
-    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operating.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "operating.md").read_text()
+    assert f"MESSAGE_ID={oomkill.MESSAGE_ID}" in page
+    headings = re.findall(r"^### (\w+)$", page, re.MULTILINE)
     for alert in group["rules"]:
         name = alert["alert"]
         assert {bool(case["exp_alerts"]) for case in cases if case["alertname"] == name} == {True, False}, name
@@ -146,7 +151,7 @@ def test_no_count_is_lost_by_a_crash(daemon: Daemon, prometheus: Prometheus) -> 
     load.connections(200)
     daemon.start()
     wait("the next scrape", lambda: list(prometheus.query(opened).values())[:1] > [before + 199])
-    counters = prometheus.query('group by (__name__) ({job="%s",__name__=~"bpf_.+_(total|bucket|count|sum)"})' % JOB)
+    counters = prometheus.query(f'group by (__name__) ({{job="{JOB}",__name__=~"bpf_.+_(total|bucket|count|sum)"}})')
     names = [dict(labels)["__name__"] for labels in counters]
     assert len(names) > 20
     fell = [name for name in names if any(prometheus.query(f'resets({name}{{job="{JOB}"}}[1h])').values())]

@@ -17,7 +17,7 @@ import collectors
 from daemon import loader, manifest
 from daemon.config import parse
 
-FORBIDDEN = ("", "tp_btf", "tp_btf,raw_tp", "tp_btf,fexit,fentry")
+FORBIDDEN = ("", "tp_btf", "tp_btf,fentry,fexit")
 
 
 def outcomes(forbidden: str) -> dict[str, object]:

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon and Prometheus as processes, and the questions that the tests ask them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RULES = ROOT / "config" / "rules"
+JOB = "bpfmetricsd"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def get(url: str, accept: str = "*/*") -> bytes:
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": accept}), timeout=30) as answer:
+        return bytes(answer.read())
+
+
+def wait(what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < end, f"{what} did not come within {seconds} s"
+        time.sleep(0.2)
+
+
+def stop(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
+    process.send_signal(number)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@dataclass
+class Daemon:
+    """`bpfmetricsd run` in folders of its own."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "daemon"]
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "bpfmetricsd.yaml"
+
+    def start(self) -> None:
+        mine = f"bpfmetricsd_prometheus_{os.getpid()}"
+        names = ("biolatency", "tcpretrans", "cachestat", "oomkill", "tcplife")
+        settings = {
+            "server": {"listen": f"127.0.0.1:{self.port}"},
+            "bpffs": f"/sys/fs/bpf/{mine}",
+            "state": f"/run/{mine}",
+            "journal": False,
+            "defaults": {"exemplar_interval": "1s"},
+            "collectors": {**{name: {} for name in names}, "runqlat": {"by": "cgroup"}},
+        }
+        self.config.write_text(yaml.safe_dump(settings))
+        self.process = subprocess.Popen([*self.command, "run", "--config", self.config], cwd=ROOT)
+        wait("the daemon", lambda: get(f"{self.url}/-/ready") == b"ready\n", 120)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process:
+            stop(self.process, number)
+            self.process = None
+
+    def remove(self) -> None:
+        self.stop()
+        subprocess.run([*self.command, "unload", "--config", self.config], cwd=ROOT, check=True)
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    url: str
+    began: float
+
+    def ask(self, path: str, **parameters: str | float) -> Any:
+        """The `data` of an answer of its API."""
+        try:
+            answer = get(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{parameters}: {error.read().decode()}") from error
+        return json.loads(answer)["data"]
+
+    def query(self, expr: str) -> dict[tuple[tuple[str, str], ...], float]:
+        """Label pairs to value, now."""
+        found = self.ask("query", query=expr)["result"]
+        return {tuple(sorted(one["metric"].items())): float(one["value"][1]) for one in found}
+
+    def numbers(self, expr: str) -> list[float]:
+        """Every number that the query gave since the test began; not NaN."""
+        found = self.ask("query_range", query=expr, start=self.began, end=time.time(), step=1)["result"]
+        return [value for one in found for _, text in one["values"] if (value := float(text)) == value]
+
+    def exemplars(self, selector: str) -> list[dict[str, Any]]:
+        found = self.ask("query_exemplars", query=selector, start=self.began, end=time.time())
+        return [{**exemplar, "series": one["seriesLabels"]} for one in found for exemplar in one["exemplars"]]
