@@ -44,6 +44,7 @@ struct error_key {
 };
 
 struct inflight {
+	u64 started_ns; /* 0 where it is not known */
 	u64 issued_ns;
 	u64 done_bytes; /* by parts that completed before */
 #ifdef EXEMPLAR_INTERVAL_NS
@@ -137,6 +138,19 @@ static __always_inline void remember(struct exemplar *exemplar, u64 value, u64 n
 #define REMEMBER(io, of, octave, value) (void)(octave)
 #endif
 
+/*
+ * Not set where the disk's iostats are switched off: 0 then, and since "block: move iostat check into
+ * blk_account_io_start()" what an earlier request left there. The block layer's own flushes always have it.
+ */
+static __always_inline u64 started_ns_of(struct request *rq)
+{
+#ifdef __RQF_IO_STAT
+	if (!(READ(rq, rq_flags) & 1U << __RQF_IO_STAT) && operation_of(rq) != OPERATION_FLUSH)
+		return 0;
+#endif
+	return READ(rq, start_time_ns);
+}
+
 PROGRAM(block_rq_issue)
 {
 	struct request *rq = (void *)ctx[ARGS_block_rq_issue - 1];
@@ -150,14 +164,17 @@ PROGRAM(block_rq_issue)
 	bpf_get_current_comm(&start.comm, sizeof(start.comm));
 	start.cgroup = cause_of(rq);
 #endif
+	start.started_ns = started_ns_of(rq);
 	start.issued_ns = bpf_ktime_get_ns();
 	if (!inflight.insert(&key, &start))
 		return 0;
 	known = inflight.lookup(&key);
-	if (known)
-		known->issued_ns = start.issued_ns;
-	else
+	if (!known)
 		lose(LOSS_MAP_FULL);
+	else if (known->started_ns == start.started_ns) /* issued again: whose it was and what is done stays */
+		known->issued_ns = start.issued_ns;
+	else /* left by a request whose completion no program saw */
+		*known = start;
 	return 0;
 }
 
@@ -216,7 +233,7 @@ PROGRAM(block_rq_complete)
 	struct block_io_key key = {};
 	struct gendisk *disk;
 	struct block_io *io;
-	u64 now, started_ns;
+	u64 now;
 	u32 octave;
 
 	if (!counting())
@@ -240,10 +257,8 @@ PROGRAM(block_rq_complete)
 		REMEMBER(io, device, octave, device_ns);
 		octave = OBSERVE_BYTES(&io->size, size);
 		REMEMBER(io, size, octave, size);
-		/* Not set where the disk's iostats are switched off: then the queue time is not known. */
-		started_ns = READ(rq, start_time_ns);
-		if (started_ns) {
-			u64 queue_ns = start->issued_ns > started_ns ? start->issued_ns - started_ns : 0;
+		if (start->started_ns) {
+			u64 queue_ns = start->issued_ns > start->started_ns ? start->issued_ns - start->started_ns : 0;
 
 			octave = OBSERVE_SECONDS(&io->queue, queue_ns);
 			REMEMBER(io, queue, octave, queue_ns);

@@ -90,7 +90,7 @@ COLLECTOR = Collector(
         for target in ("block_rq_issue", "block_rq_complete")
     ),
     structs={
-        "request": ("q", "rq_disk?", "bio", "cmd_flags", "__data_len", "__sector", "start_time_ns"),
+        "request": ("q", "rq_disk?", "bio", "cmd_flags", "rq_flags", "__data_len", "__sector", "start_time_ns"),
         "request_queue": ("disk?",),
         "gendisk": ("disk_name",),
         "bio": ("bi_blkg?",),

@@ -135,6 +135,7 @@ def build(request: Request) -> Manifest:
         programs={name: ProgramInfo(str(hook), why) for name, (hook, why) in plan.programs.items() if name in links},
         maps=shapes,
         refused=plan.refused,
+        notes={part: one.approximate for part, one in plan.variants.items() if one.approximate and not one.programs},
     )
 
 

@@ -39,7 +39,7 @@ class MapShape:
 class Manifest:
     """What is loaded of one collector.
 
-    `started` is when counting into these maps began, in seconds since the epoch. `generation` is what the control map
+    `notes` says what cannot be seen here at all, by part. `started` is when counting into these maps began, in seconds since the epoch. `generation` is what the control map
     must hold while these programs count. `error` is set when the last load failed: with no maps nothing is loaded,
     with maps what had been loaded before counts on.
     """
@@ -55,6 +55,7 @@ class Manifest:
     programs: Mapping[str, ProgramInfo] = field(default_factory=dict)
     maps: Mapping[str, MapShape] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
 
 

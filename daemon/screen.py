@@ -146,7 +146,7 @@ def hooks(programs: Mapping[str, Status]) -> str:
 
 def _remarks(name: str, one: Status) -> Iterable[str]:
     reasons = dict.fromkeys(each["reason"] for each in one.get("programs", {}).values() if each["reason"])
-    yield from (f"{name} is approximate: {reason}" for reason in reasons)
+    yield from (f"{name} is approximate: {reason}" for reason in (*reasons, *one.get("notes", {}).values()))
     lost = ", ".join(f"{number} by {reason}" for reason, number in one.get("lost", {}).items() if number)
     if lost:
         yield f"{name} lost events: {lost}"

@@ -62,6 +62,6 @@ class Unit:
         }
         return found | {
             "started": known.started, "version": known.version, "options": dict(known.options),
-            "refused": dict(known.refused), "programs": programs, "maps": maps, "lost": self.losses(),
+            "refused": dict(known.refused), "notes": dict(known.notes), "programs": programs, "maps": maps, "lost": self.losses(),
             "series_dropped": self.dropped,
         }  # fmt: skip

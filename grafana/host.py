@@ -15,7 +15,7 @@ _QUEUE = "bpf_block_io_queue_duration_seconds"
 _NO_DISCARDS = 'HOST,operation!="discard"'
 _KILLS = "sum by (job, instance) (bpf_oom_kills_total{HOST})"
 _ERRORS = (
-    'sum by (job, instance) (bpf_block_io_errors_total{HOST,error!~"notsupp|again"})'
+    'sum by (job, instance) (bpf_block_io_errors_total{HOST,error!~"e?(op)?notsupp?|e?again"})'
     f" or 0 * sum by (job, instance) ({_DEVICE}_count{{HOST}})"
 )
 HITS = (
@@ -36,14 +36,14 @@ _TILES = (
         Help("Processes killed for want of memory, in the time range above.", "0.",
              "open Page cache and OOM for the cgroup. Scope memcg: its limit is too low, or it leaks. Scope global: the"
              " host is too small for what runs on it."),
-        Query(total(_KILLS)), ANY, 3, to="bpf-memory",
+        total(_KILLS), ANY, 3, to="bpf-memory",
     ),
     tile(
         "Errors: failed I/O", "none",
         Help("Block requests that failed, in the time range above; not those that a device does not support.", "0.",
              "open Block I/O for the device and the error, then read the kernel log. medium, ioerr, target: replace the"
              " disk. timeout, transport: look at cable, controller, network. nospc: the pool below is full."),
-        Query(total(_ERRORS)), ANY, 3, to="bpf-block-io",
+        total(_ERRORS), ANY, 3, to="bpf-block-io",
     ),
     tile(
         "Disk: slowest device, p99", "s",

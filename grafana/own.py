@@ -27,7 +27,7 @@ _PANELS = (
         "Events lost", "none",
         Help("Events that were not counted or not told, in the time range above.", "0.",
              "see Lost below for collector and reason."),
-        Query("sum(increase(bpfmetricsd_events_lost_total{HOST}[$__range]))"), (1, 100),
+        Query("sum(increase(bpfmetricsd_events_lost_total{HOST}[$__range]))", instant=True), (1, 100),
     ),
     tile(
         "Memory of the maps", "bytes",

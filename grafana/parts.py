@@ -48,8 +48,11 @@ class Help:
 
 @dataclass(frozen=True)
 class Query:
+    """`instant`: at the end of the time range only."""
+
     expr: str
     legend: str = ""
+    instant: bool = False
 
 
 # PromQL
@@ -79,21 +82,21 @@ def grown(counter: str, selector: str, by: str) -> str:
     return f"clamp_min(sum by ({by}) ({now} - {before}), 0)"
 
 
-def total(series: str) -> str:
+def total(series: str) -> Query:
     """How many events the dashboard's time range has; `series` is a sum that exists before the first event."""
-    return f"round(sum(increase(({series})[$__range:$__interval])))"
+    return Query(f"round(sum(increase(({series})[$__range:$__interval])))", instant=True)
 
 
 def _target(query: Query, number: int) -> prometheus.Dataquery:
     """Exemplars are where histograms and counters of events are asked for themselves."""
-    return (
+    target = (
         prometheus.Dataquery()
         .expr(full(query.expr))
         .legend_format(query.legend or "__auto")
         .ref_id(chr(ord("A") + number))
         .exemplar(bool(re.search(r"_bucket\{|retransmits_total\{", query.expr)))
-        .range()
     )
+    return target.instant() if query.instant else target.range()
 
 
 # Panels
@@ -191,7 +194,7 @@ def heatmap(title: str, unit: str, help: Help, series: str, width: int = 12) -> 
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column; `steps` colours its cells as a tile."""
+    """A table's column; `steps` colours its cells as a tile, and one without a title is not shown."""
 
     title: str
     expr: str
@@ -206,13 +209,13 @@ def table(
     letters = [chr(ord("A") + number) for number in range(len(columns))]
     panel = _panel(tables.Panel(), title, "short", help, width, height).targets(
         [
-            _target(Query(column.expr), number).instant().format(prometheus_models.PromQueryFormat.TABLE)
+            _target(Query(column.expr, instant=True), number).format(prometheus_models.PromQueryFormat.TABLE)
             for number, column in enumerate(columns)
         ]
     )
     names = {f"Value #{letter}" if len(columns) > 1 else "Value": column.title
              for letter, column in zip(letters, columns, strict=True)}  # fmt: skip
-    hidden = {"Time": True} | {title: True for title in names.values() if not title}
+    hidden = {"Time": True} | {name: True for name, shown in names.items() if not shown}
     panel.with_transformation(models.DataTransformerConfig("merge", options={}))
     panel.with_transformation(
         models.DataTransformerConfig("organize", options={"excludeByName": hidden, "renameByName": names})

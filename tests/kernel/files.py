@@ -181,9 +181,11 @@ def witness(own: Disk, blocks: bool = False) -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether anybody meddled since it was last asked: used other files, or took pages of ours
     away (memory reclaim, DAMON).
 
-    With `blocks`, the filesystem's own use of its block device is nobody else's: that file's inode number is the device's.
+    Inode 1 is ext4's own cache of its free blocks. With `blocks`, the filesystem's use of its block device is nobody
+    else's: that file's inode number is the device's.
     """
-    filters = {event: f"s_dev != {own.device}" + (f" && i_ino != {own.device}" if blocks else "") for event in _USES}
+    foreign = f"(s_dev != {own.device} || i_ino == 1)" + (f" && i_ino != {own.device}" if blocks else "")
+    filters = dict.fromkeys(_USES, foreign)
     filters[_DIRTIES] = f'name != "{own.name}"' + (f" && ino != {own.device}" if blocks else "")
     filters[_DELETES] = f"s_dev == {own.device}"
     instance = TRACING / "instances" / f"bpfmetricsd_test_{os.getpid()}"

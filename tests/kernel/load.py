@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -112,6 +113,8 @@ def loop_device(file: Path, size: int = 64 << 20) -> Iterator[Disk]:
     made = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
     path = Path(made.stdout.strip())
     try:
+        if shutil.which("udevadm"):
+            subprocess.run(["udevadm", "settle"], check=False)  # udev has a look at each new disk
         yield Disk(path, file)
     finally:
         subprocess.run(["losetup", "--detach", path], check=True)

@@ -254,6 +254,8 @@ def test_faults_of_mapped_files(start: Start, kind: str, forbid: str) -> None:
             os.fsync(file.descriptor)
             if cold:
                 file.chill()
+            else:
+                os.pread(file.descriptor, file.size, 0)
             view = undo.enter_context(file.map(flags, protection))
             if random:
                 view.madvise(mmap.MADV_RANDOM)

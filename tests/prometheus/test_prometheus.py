@@ -154,5 +154,10 @@ def test_no_count_is_lost_by_a_crash(daemon: Daemon, prometheus: Prometheus) -> 
     counters = prometheus.query(f'group by (__name__) ({{job="{JOB}",__name__=~"bpf_.+_(total|bucket|count|sum)"}})')
     names = [dict(labels)["__name__"] for labels in counters]
     assert len(names) > 20
-    fell = [name for name in names if any(prometheus.query(f'resets({name}{{job="{JOB}"}}[1h])').values())]
+    fell = [
+        (name, dict(labels))
+        for name in names
+        for labels, resets in prometheus.query(f'resets({name}{{job="{JOB}"}}[1h])').items()
+        if resets
+    ]
     assert fell == []
