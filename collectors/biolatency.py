@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from collectors.decoders import OTHER, Totals, distribution, text
-from daemon.declare import Collector, Context, Decoded, Hook, Option, Part, Row, Tables, Variant
+from daemon.declare import Collector, Context, Decoded, Hook, Option, Part, Row, Tables, Truth, Variant
 from daemon.histogram import BYTES, SECONDS
 from daemon.model import Metric
 
 OPERATIONS = ("read", "write", "flush", "discard", "other")  # enum operation
 _LABELS = ("device", "operation")
+DISKSTATS = "/proc/diskstats"
 
 # include/linux/blk_types.h: BLK_STS_*. From 14 on a number's meaning depends on the kernel ("block: Remove
 # BLK_STS_ZONE_RESOURCE" moved them), and BTF does not know these macros.
@@ -69,6 +70,25 @@ def decode(tables: Tables, context: Context) -> Decoded:
     return Decoded(families, duration.dropped + errors.dropped)
 
 
+def _completed(diskstats: str) -> dict[str, int]:
+    """/proc/diskstats (Documentation/admin-guide/iostats.rst): reads, writes, discards and flushes by disk."""
+    fields = [line.split() for line in diskstats.splitlines()]
+    return {one[2]: sum(int(one[3 + i]) for i in (0, 4, 11, 15) if 3 + i < len(one)) for one in fields}
+
+
+def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -> tuple[int, int]:
+    """Of the disks that we know. Ours without passthrough requests, which the kernel does not count."""
+    ours: dict[str, int] = {}
+    for row in tables["block_io"]:
+        if OPERATIONS[row.key["operation"]] != OTHER:
+            disk, device = text(row.key["disk"]), row.value["device"]
+            ours[disk] = ours.get(disk, 0) + sum(device["slots"]) + device["overflow"]
+    before, after = _completed(began[DISKSTATS]), _completed(now[DISKSTATS])
+    present = [disk for disk in ours if after.get(disk, 0) >= before.get(disk, 0)]
+    kernels = sum(after.get(disk, 0) - before.get(disk, 0) for disk in present)
+    return sum(ours[disk] for disk in present), kernels
+
+
 def _others(rows: Sequence[Row]) -> list[Row]:
     """What found no place in the kernel's table; not exported before something is in it."""
     return [
@@ -110,4 +130,5 @@ COLLECTOR = Collector(
     defines=_defines,
     tables=("block_io", "block_io_other", "block_io_errors"),
     decode=decode,
+    truth=Truth((DISKSTATS,), _counted),
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from collectors.decoders import OTHER, Totals, exemplar, text, words_text
 from daemon.cgroups import unit
-from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Tables, Variant
+from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Tables, Truth, Variant
 from daemon.model import Metric
 
 SCOPES = ("unknown", "global", "memcg")  # enum scope
@@ -23,6 +23,7 @@ MAX_CGROUPS = 1000
 RING_PAGES = 64
 MESSAGE_ID = "b7a3e0c64f1d4a58933e6c1f0d2b9a84"
 _LEVELS = 12
+VMSTAT = "/proc/vmstat"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 KILLS = Metric(
@@ -46,6 +47,16 @@ def decode(tables: Tables, context: Context) -> Decoded:
         labels = (SCOPES[row.key["scope"]], cgroup_path(row.value["path"]))
         kills.add(labels, row.value["count"], exemplar(row.value.get("count_exemplar"), 1, context))
     return Decoded([kills.family(context.created)], kills.dropped)
+
+
+def _kills(vmstat: str) -> int:
+    """`oom_kill` of /proc/vmstat."""
+    return next((int(line.split()[1]) for line in vmstat.splitlines() if line.startswith("oom_kill ")), 0)
+
+
+def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -> tuple[int, int]:
+    ours = sum(row.value["count"] for row in tables["kills"]) + sum(row.value for row in tables["kills_other"])
+    return ours, _kills(now[VMSTAT]) - _kills(began[VMSTAT])
 
 
 def event(record: Any, context: Context) -> Event:
@@ -97,5 +108,6 @@ COLLECTOR = Collector(
     defines=_defines,
     tables=("kills", "kills_other"),
     decode=decode,
+    truth=Truth((VMSTAT,), _counted),
     event=event,
 )

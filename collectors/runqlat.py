@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from collectors.decoders import OTHER, Totals, distribution
-from daemon.declare import Collector, Context, Decoded, Hook, Option, Part, Tables, Variant
+from daemon.declare import Collector, Context, Decoded, Hook, Option, Part, Tables, Truth, Variant
 from daemon.histogram import SECONDS
 from daemon.model import Metric
 
 MAX_CGROUPS = 1000
+SCHEDSTAT = "/proc/schedstat"
 
 
 def _latency(options: Mapping[str, Any]) -> Metric:
@@ -36,6 +37,17 @@ def decode(tables: Tables, context: Context) -> Decoded:
         path = context.cgroup_path(row.key) or OTHER
         latency.add((path,), distribution(row.value, "wait", SECONDS, context))
     return Decoded([latency.family(context.created)], latency.dropped)
+
+
+def _arrivals(schedstat: str) -> int:
+    """/proc/schedstat (Documentation/scheduler/sched-stats.rst): the last field of a cpu line is its timeslices run."""
+    return sum(int(line.split()[9]) for line in schedstat.splitlines() if line.startswith("cpu"))
+
+
+def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -> tuple[int, int]:
+    waits = [row.value["wait"] for name in ("run_queue_all", "run_queue") for row in tables[name]]
+    ours = sum(sum(wait["slots"]) + wait["overflow"] for wait in waits)
+    return ours, _arrivals(now[SCHEDSTAT]) - _arrivals(began[SCHEDSTAT])
 
 
 def _defines(options: Mapping[str, Any]) -> dict[str, int]:
@@ -81,4 +93,5 @@ COLLECTOR = Collector(
     defines=_defines,
     tables=("run_queue_all", "run_queue"),
     decode=decode,
+    truth=Truth((SCHEDSTAT,), _counted),
 )

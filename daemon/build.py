@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
-from daemon import __version__, attach, layout, libbpf, pins
+from daemon import __version__, attach, coverage, layout, libbpf, pins
 from daemon.attach import Plan, Planner, Refused
 from daemon.btf import Btf
 from daemon.compiler import Compiled, compile_text, first_error
@@ -122,7 +122,7 @@ def build(request: Request) -> Manifest:
             continue
         break
     maps = {name: compiled.maps[name].descriptor for name in shapes}
-    started = _hand_over(request, plan, Descriptors(maps, links, programs), generation)
+    started, truth = _hand_over(request, plan, Descriptors(maps, links, programs), generation)
     return Manifest(
         collector=request.collector.name,
         program_hash=request.program_hash,
@@ -130,6 +130,7 @@ def build(request: Request) -> Manifest:
         version=__version__,
         bcc=request.bcc,
         started=request.known.started if same and request.known else started,
+        truth=request.known.truth if same and request.known else truth,
         generation=generation,
         options=request.options,
         programs={name: ProgramInfo(str(hook), why) for name, (hook, why) in plan.programs.items() if name in links},
@@ -171,10 +172,11 @@ def _use_known_maps(request: Request, compiled: Compiled, shapes: Mapping[str, M
         os.close(descriptor)
 
 
-def _hand_over(request: Request, plan: Plan, objects: Descriptors, generation: int) -> float:
-    """Pins the new, lets it count with one store, removes the old. Returns when counting began.
+def _hand_over(request: Request, plan: Plan, objects: Descriptors, generation: int) -> tuple[float, dict[str, str]]:
+    """Pins the new, lets it count with one store, removes the old.
 
-    Iterators run once, now that the programs count, and are not kept.
+    Returns when counting began, and the kernel's own account of that moment. Iterators run once, now that the
+    programs count, and are not kept.
     """
     name = request.collector.name
     iterators = []
@@ -185,7 +187,8 @@ def _hand_over(request: Request, plan: Plan, objects: Descriptors, generation: i
     pins.pin(request.bpffs / f"{name}{pins.STAGING}", objects, request.group)
     started = time.time()
     libbpf.map_update(objects.maps[CONTROL], bytes(4), generation.to_bytes(8, "little"))
+    truth = coverage.texts(request.collector)
     pins.swap(request.bpffs, name)
     for link in iterators:
         libbpf.iterate(link)
-    return started
+    return started, truth

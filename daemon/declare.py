@@ -100,6 +100,18 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True)
+class Truth:
+    """The kernel's own account of what a collector counts.
+
+    `files` hold it, as text; `counted` gives our events and the kernel's since counting began, from the files' texts
+    at that time and now, and from the rows of the tables. Events that both cannot see are in neither.
+    """
+
+    files: tuple[str, ...]
+    counted: Callable[[Mapping[str, str], Mapping[str, str], Tables], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """An event for the journal: a sentence for a person, and one field for each fact."""
 
@@ -118,7 +130,8 @@ class Collector:
     missing, and `HAVE_<struct>_<field>` tells the program. `constants` are kernel enumerators (`enum.name`).
     `symbols` are kernel functions whose address and size the program uses, where `/proc/kallsyms` tells them.
     `defines` turns options into `-D` definitions; what is off is not compiled. `decode` is pure and gets the rows of
-    `tables`. `event` turns one ring buffer record into a journal entry.
+    `tables`. `truth` compares with the kernel's own account where there is one. `event` turns one ring buffer record
+    into a journal entry.
     """
 
     name: str
@@ -132,4 +145,5 @@ class Collector:
     decode: Callable[[Tables, Context], Decoded]
     constants: tuple[str, ...] = ()
     symbols: tuple[str, ...] = ()
+    truth: Truth | None = None
     event: Callable[[Any, Context], Event] | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import collectors
-from daemon import __version__, cgroups, reader, selfmetrics
+from daemon import __version__, cgroups, coverage, reader, selfmetrics
 from daemon.clock import wall_clock
 from daemon.config import Config
 from daemon.declare import Context, Event
@@ -93,6 +93,7 @@ class Engine:
         self._open(unit)
         if unit.pins is None:
             return []
+        truth = coverage.texts(unit.collector)  # before our own, so that the kernel is never ahead
         try:
             rows = unit.pins.tables((*unit.collector.tables, "losses"))
         except BpfmetricsdError as error:
@@ -101,6 +102,7 @@ class Engine:
         detached = unit.pins.detached()
         unit.error = f"{', '.join(detached)} detached; run 'bpfmetricsd load'" if detached else ""
         unit.told_losses = {reader.LOSSES[row.key]: row.value for row in rows.pop("losses")}
+        unit.coverage = coverage.ratio(unit.collector, unit.pins.manifest.truth, truth, rows)
         decoded = unit.collector.decode(rows, self._context(unit, unit.pins))
         unit.dropped = max(unit.dropped, decoded.dropped)
         return list(decoded.families)

@@ -39,9 +39,10 @@ class MapShape:
 class Manifest:
     """What is loaded of one collector.
 
-    `notes` says what cannot be seen here at all, by part. `started` is when counting into these maps began, in seconds since the epoch. `generation` is what the control map
-    must hold while these programs count. `error` is set when the last load failed: with no maps nothing is loaded,
-    with maps what had been loaded before counts on.
+    `started` is when counting into these maps began, in seconds since the epoch, and `truth` the kernel's own account
+    as it was then: the texts of the files that hold it. `generation` is what the control map must hold while these
+    programs count. `notes` says what cannot be seen here at all, by part. `error` is set when the last load failed:
+    with no maps nothing is loaded, with maps what had been loaded before counts on.
     """
 
     collector: str
@@ -56,6 +57,7 @@ class Manifest:
     maps: Mapping[str, MapShape] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    truth: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
 
 

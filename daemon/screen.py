@@ -86,9 +86,11 @@ def status(found: Status, now: float, look: Style, width: int = 120) -> list[str
     lines = [summary, *(f"  {reason}" for reason in found["reasons"]), *(f"  note: {note}" for note in found["notes"])]
     rows = [_HEAD, *(_row(name, one, now) for name, one in collectors.items())]
     head, *body = columns(_without_empty(rows), width)
-    lines += ["", look.bold(head), *(
-        line if one["up"] else look.bad(line) for line, one in zip(body, collectors.values(), strict=True)
-    )]
+    lines += [
+        "",
+        look.bold(head),
+        *(line if one["up"] else look.bad(line) for line, one in zip(body, collectors.values(), strict=True)),
+    ]
     remarks = [remark for name, one in collectors.items() for remark in _remarks(name, one)]
     if up and not found["bpf_stats_enabled"] and not any(_runs(one)[0] for one in collectors.values()):
         remarks.append("the programs' cost is not counted; 'sysctl kernel.bpf_stats_enabled=1' turns that on")

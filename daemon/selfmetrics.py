@@ -51,8 +51,12 @@ def _counter(name: str, help: str, *labels: str, unit: str = "") -> Metric:
     return Metric(f"bpfmetricsd_{name}", "counter", help, labels, unit)
 
 
-BUILD = Metric("bpfmetricsd_build", "info", "Versions of the daemon, of the bcc that compiled the programs, of the kernel.",
-               ("version", "bcc", "kernel"))  # fmt: skip
+BUILD = Metric(
+    "bpfmetricsd_build",
+    "info",
+    "Versions of the daemon, of the bcc that compiled the programs, of the kernel.",
+    ("version", "bcc", "kernel"),
+)
 UP = _gauge("collector_up", "Whether the collector's programs are attached and its maps can be read.", "collector")
 HOOK = Metric("bpfmetricsd_collector_hook", "info", "Where each program is attached, and whether its count is exact.",
               ("collector", "program", "hook", "fidelity"))  # fmt: skip
@@ -67,6 +71,9 @@ ROOM = _gauge("map_max_entries", "Entries that a map can hold.", "collector", "m
 MEMORY = _gauge("map_memory_bytes", "Kernel memory that a map takes.", "collector", "map", unit="bytes")
 LOST = _counter("events_lost", "Events that were not counted or not told, by reason.", "collector", "reason")
 DROPPED = _counter("series_dropped", "Label sets over max_series, added to the series 'other'.", "collector")
+COVERAGE = _gauge(
+    "coverage_ratio", "Events counted here by the kernel's own count of the same, since counting began.", "collector"
+)
 RUNS = _counter("program_runs", "Runs of a program, while kernel.bpf_stats_enabled is 1.", "collector", "program")
 RUN_TIME = _counter("program_run_seconds", "Time in a program, while kernel.bpf_stats_enabled is 1.",
                     "collector", "program", unit="seconds")  # fmt: skip
@@ -94,6 +101,7 @@ def families(units: Mapping[str, Unit]) -> list[Family]:
         *_map_families(loaded),
         family(LOST, lambda _, unit: [((reason,), count) for reason, count in unit.losses().items()]),
         family(DROPPED, lambda _, unit: [((), unit.dropped)]),
+        family(COVERAGE, lambda _, unit: [] if unit.coverage is None else [((), unit.coverage)]),
         *_run_families(loaded),
         *process_families(),
     ]

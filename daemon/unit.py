@@ -24,6 +24,7 @@ class Unit:
     warning: str = ""
     reading_s: float = 0.0
     dropped: int = 0
+    coverage: float | None = None
     told_losses: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -62,6 +63,6 @@ class Unit:
         }
         return found | {
             "started": known.started, "version": known.version, "options": dict(known.options),
-            "refused": dict(known.refused), "notes": dict(known.notes), "programs": programs, "maps": maps, "lost": self.losses(),
-            "series_dropped": self.dropped,
+            "refused": dict(known.refused), "notes": dict(known.notes), "programs": programs, "maps": maps,
+            "lost": self.losses(), "series_dropped": self.dropped, "coverage": self.coverage,
         }  # fmt: skip

@@ -31,6 +31,7 @@ ORDER = [
     "config",
     "compiler",
     "attach",
+    "coverage",
     "build",
     "loader",
     "lean",

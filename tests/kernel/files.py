@@ -32,6 +32,7 @@ _USES = tuple(
 _DELETES = "filemap/mm_filemap_delete_from_page_cache"
 _DIRTIES = "writeback/writeback_dirty_folio"
 _ATTEMPTS = 400
+_MINOR = 8  # ru_minflt among the longs of struct rusage, after two struct timeval and four more
 _CACHESTAT = 451  # system call on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -237,10 +238,26 @@ def readahead(file: File, size: int) -> None:
     assert not failed, os.strerror(ctypes.get_errno())
 
 
-def faults() -> tuple[int, int]:
-    """Minor and major faults of this thread (getrusage(2))."""
-    used = resource.getrusage(resource.RUSAGE_THREAD)
-    return used.ru_minflt, used.ru_majflt
+class Faults:
+    """Minor and major faults of this thread between `begin` and `end`; takes no memory of its own that could fault too."""
+
+    def __init__(self) -> None:
+        self._before, self._after = (ctypes.c_long * 18)(), (ctypes.c_long * 18)()  # struct rusage
+        self._to = ctypes.byref(self._before), ctypes.byref(self._after)
+
+    def begin(self) -> None:
+        _libc.getrusage(resource.RUSAGE_THREAD, self._to[0])
+
+    def end(self) -> None:
+        _libc.getrusage(resource.RUSAGE_THREAD, self._to[1])
+
+    @property
+    def minor(self) -> int:
+        return self._after[_MINOR] - self._before[_MINOR]
+
+    @property
+    def major(self) -> int:
+        return self._after[_MINOR + 1] - self._before[_MINOR + 1]
 
 
 def dirtied() -> int:
