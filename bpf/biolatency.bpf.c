@@ -63,6 +63,8 @@ BPF_TABLE("hash", struct error_key, u64, block_io_errors, (MAX_DEVICES + 1) * OP
 BPF_TABLE("hash", struct disk_name, u64, disks, MAX_DEVICES);
 /* Takes the disks that find no place, so that totals stay whole. */
 BPF_ARRAY(block_io_other, struct block_io, OPERATIONS);
+/* Empty requests that only asked for a flush: the kernel counts them as writes, we do not. */
+BPF_PERCPU_ARRAY(flush_askers, u64, 1);
 /* All zero: a struct block_io is too large for the stack. */
 BPF_ARRAY(block_io_zero, struct block_io, 1);
 
@@ -223,6 +225,15 @@ static __always_inline void count_error(struct block_io_key *of, s32 error)
 		lose(LOSS_MAP_FULL);
 }
 
+static __always_inline void count_flush_asker(void)
+{
+	int only = 0;
+	u64 *count = flush_askers.lookup(&only);
+
+	if (count)
+		__sync_fetch_and_add(count, 1);
+}
+
 PROGRAM(block_rq_complete)
 {
 	struct request *rq = (void *)ctx[0];
@@ -239,8 +250,11 @@ PROGRAM(block_rq_complete)
 	if (!counting())
 		return 0;
 	start = inflight.lookup(&request);
-	if (!start)
+	if (!start) {
+		if (!bytes)
+			count_flush_asker();
 		return 0;
+	}
 	if (bytes < READ(rq, __data_len)) {
 		start->done_bytes += bytes;
 		return 0;

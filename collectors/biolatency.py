@@ -77,7 +77,10 @@ def _completed(diskstats: str) -> dict[str, int]:
 
 
 def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -> tuple[int, int]:
-    """Of the disks that we know. Ours without passthrough requests, which the kernel does not count."""
+    """Of the disks that we know.
+
+    The kernel does not count passthrough requests, and counts as a write each empty request that asks for a flush.
+    """
     ours: dict[str, int] = {}
     for row in tables["block_io"]:
         if OPERATIONS[row.key["operation"]] != OTHER:
@@ -86,7 +89,7 @@ def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -
     before, after = _completed(began[DISKSTATS]), _completed(now[DISKSTATS])
     present = [disk for disk in ours if after.get(disk, 0) >= before.get(disk, 0)]
     kernels = sum(after.get(disk, 0) - before.get(disk, 0) for disk in present)
-    return sum(ours[disk] for disk in present), kernels
+    return sum(ours[disk] for disk in present) + sum(row.value for row in tables["flush_askers"]), kernels
 
 
 def _others(rows: Sequence[Row]) -> list[Row]:
@@ -121,14 +124,20 @@ COLLECTOR = Collector(
         "cgroup_root": ("hierarchy_id",),
         "kernfs_node": ("id",),
     },
-    constants=("req_op.REQ_OP_FLUSH", "req_op.REQ_OP_DISCARD", "req_op.REQ_OP_DRV_IN", "req_op.REQ_OP_DRV_OUT"),
+    constants=(
+        "req_op.REQ_OP_FLUSH",
+        "req_op.REQ_OP_DISCARD",
+        "req_op.REQ_OP_DRV_IN",
+        "req_op.REQ_OP_DRV_OUT",
+        "rqf_flags.__RQF_IO_STAT?",
+    ),
     options=(
         Option("max_devices", "int", 64, "disks that get series of their own", minimum=1, maximum=1024),
         Option("max_inflight", "int", 16384, "requests that may be under way at once", minimum=256, maximum=1 << 20),
     ),
     metrics=lambda options: (DURATION, QUEUE, SIZE, ERRORS),
     defines=_defines,
-    tables=("block_io", "block_io_other", "block_io_errors"),
+    tables=("block_io", "block_io_other", "block_io_errors", "flush_askers"),
     decode=decode,
     truth=Truth((DISKSTATS,), _counted),
 )

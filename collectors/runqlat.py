@@ -14,7 +14,6 @@ from daemon.declare import Collector, Context, Decoded, Hook, Option, Part, Tabl
 from daemon.histogram import SECONDS
 from daemon.model import Metric
 
-MAX_CGROUPS = 1000
 SCHEDSTAT = "/proc/schedstat"
 
 
@@ -51,7 +50,7 @@ def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -
 
 
 def _defines(options: Mapping[str, Any]) -> dict[str, int]:
-    return {"BY_CGROUP": 1, "MAX_CGROUPS": MAX_CGROUPS} if options["by"] == "cgroup" else {}
+    return {"BY_CGROUP": 1, "MAX_CGROUPS": options["max_cgroups"]} if options["by"] == "cgroup" else {}
 
 
 _HOOK = {kind: {"sched_switch": Hook(kind, "sched_switch")} for kind in ("tp_btf", "raw_tp")}
@@ -88,6 +87,7 @@ COLLECTOR = Collector(
             "a label: cgroup gives each cgroup a histogram of its own",
             choices=("none", "cgroup"),
         ),
+        Option("max_cgroups", "int", 256, "cgroups with a histogram of their own", minimum=16, maximum=4096),
     ),
     metrics=lambda options: (_latency(options),),
     defines=_defines,

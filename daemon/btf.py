@@ -222,12 +222,12 @@ class Btf:
                     missing.add(f"{struct}.{wish}")
         macros = [f"#define HAVE_{s}_{f} 1" for s, fields in found.items() for f in fields]
         for constant in constants:
-            enum, _, name = constant.partition(".")
+            enum, _, name = constant.rstrip("?").partition(".")
             value = self.enumerator(enum, name)
-            if value is None:
-                missing.add(constant)
-            else:
+            if value is not None:
                 macros.append(f"#define {name} {value}")
+            elif not constant.endswith("?"):
+                missing.add(constant)
         bodies = [self._struct(name, found[name], found) for name in self._in_order(found)]
         return Header("\n".join([*macros, *bodies]), frozenset(missing))
 

@@ -78,7 +78,7 @@ def compile_text(text: str, flags: Sequence[str]) -> Compiled:
     library.bpf_table_name.restype = c_char_p
     library.bpf_table_name.argtypes = [c_void_p, c_ulonglong]
     try:
-        module = bcc.BPF(text=text, cflags=[*flags, "-Werror=implicit-function-declaration"])
+        module = bcc.BPF(text=text.encode(), cflags=[*flags, "-Werror=implicit-function-declaration"])
     except Exception as error:  # bcc raises bare Exception
         raise CompileError(f"the program does not compile ({error})") from error
     handle = module.module

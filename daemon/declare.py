@@ -127,7 +127,8 @@ class Collector:
     """A collector: one Python file, one program in `bpf/` of the same stem, one test file of the same stem.
 
     `structs` names the kernel structs and fields that the program reads; a field that ends in `?` may be
-    missing, and `HAVE_<struct>_<field>` tells the program. `constants` are kernel enumerators (`enum.name`).
+    missing, and `HAVE_<struct>_<field>` tells the program. `constants` are kernel enumerators (`enum.name`,
+    `enum.name?`).
     `symbols` are kernel functions whose address and size the program uses, where `/proc/kallsyms` tells them.
     `defines` turns options into `-D` definitions; what is off is not compiled. `decode` is pure and gets the rows of
     `tables`. `truth` compares with the kernel's own account where there is one. `event` turns one ring buffer record

@@ -10,7 +10,7 @@ from typing import Any
 
 import collectors
 from daemon import __version__, cgroups, coverage, reader, selfmetrics
-from daemon.clock import wall_clock
+from daemon.clock import WallClock
 from daemon.config import Config
 from daemon.declare import Context, Event
 from daemon.errors import BpfmetricsdError
@@ -28,6 +28,7 @@ class Engine:
         self.config = config
         self._send = send
         self._paths = cgroups.Paths(cgroups.mount_point())
+        self._wall_clock = WallClock()
         self._units = _units(config)
 
     def names(self) -> frozenset[str]:
@@ -131,7 +132,7 @@ class Engine:
     def _context(self, unit: Unit, opened: Pins) -> Context:
         return Context(
             options=opened.manifest.options, max_series=unit.config.max_series, created=opened.manifest.started,
-            cgroup_path=self._paths, wall_clock=wall_clock,
+            cgroup_path=self._paths, wall_clock=self._wall_clock,
         )  # fmt: skip
 
     def ready(self) -> list[str]:

@@ -125,5 +125,5 @@ def test_of_exemplars_in_one_bucket_the_newest_stays() -> None:
 
 
 def test_options_choose_what_is_compiled() -> None:
-    assert COLLECTOR.defines({"by": "none"}) == {}
-    assert COLLECTOR.defines({"by": "cgroup"})["BY_CGROUP"] == 1
+    assert COLLECTOR.defines({"by": "none", "max_cgroups": 16}) == {}
+    assert COLLECTOR.defines({"by": "cgroup", "max_cgroups": 16}) == {"BY_CGROUP": 1, "MAX_CGROUPS": 16}

@@ -23,7 +23,10 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("max_devices", "int", 64, "", minimum=1, maximum=1024),
         Option("max_inflight", "int", 16384, "", minimum=256, maximum=1048576),
     ),
-    "runqlat": (Option("by", "choice", "none", "", choices=("none", "cgroup")),),
+    "runqlat": (
+        Option("by", "choice", "none", "", choices=("none", "cgroup")),
+        Option("max_cgroups", "int", 256, "", minimum=16, maximum=4096),
+    ),
     "tcpretrans": (
         Option("by", "choice", "none", "", choices=("none", "remote_subnet", "local_port")),
         EVENTS_OFF,

@@ -296,7 +296,6 @@ def test_a_disk_too_many_counts_in_other(load, disks) -> None:
     assert not any(loaded.losses().values())
 
 
-@pytest.mark.xfail(strict=True, reason="from 6.13 on the start time is stale where iostats are off; needs RQF_IO_STAT")
 def test_without_iostats_the_queue_time_is_not_known(load, disks) -> None:
     """`queue/iostats` 0: the kernel then does not set a request's start time, or leaves that of an earlier request."""
     disk = disks()

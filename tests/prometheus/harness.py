@@ -89,7 +89,12 @@ class Daemon:
         }
         self.config.write_text(yaml.safe_dump(settings))
         self.process = subprocess.Popen([*self.command, "run", "--config", self.config], cwd=ROOT)
-        wait("the daemon", lambda: get(f"{self.url}/-/ready") == b"ready\n", 120)
+        wait("the daemon", self._ready, 120)
+
+    def _ready(self) -> bool:
+        assert self.process
+        assert self.process.poll() is None, "the daemon ended; what it said is above"
+        return get(f"{self.url}/-/ready") == b"ready\n"
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.process:

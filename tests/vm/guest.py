@@ -74,6 +74,7 @@ echo "+memory +io +cpu +pids" >/sys/fs/cgroup/cgroup.subtree_control
 mount -t bpf -o mode=0700 bpf /sys/fs/bpf
 mount -t tracefs -o mode=0700 tracefs /sys/kernel/tracing
 depmod
+modprobe loop
 echo guest >/proc/sys/kernel/hostname
 ip link set lo up
 mkdir $results

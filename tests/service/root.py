@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Debian root file system without bpfmetricsd, and with the packages that it depends on ready for apt to install.
+
+It is made from the mirror that the host's apt uses and kept in a cache; containers only ever use it as a lower layer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.vm.images import KEYRING, CannotBuildError, apt_options, mirror
+
+CACHE = "BPFMETRICSD_SERVICE_CACHE"
+DEFAULT_CACHE = Path("/var/cache/bpfmetricsd-service")
+SUITE = "bookworm"
+PACKAGES = ("systemd-sysv", "dbus", "curl")
+CONTROL = Path(__file__).resolve().parents[2] / "packaging/debian/control"
+TOOLS = {
+    "systemd-nspawn": "systemd-container", "mmdebstrap": "mmdebstrap", "dpkg-buildpackage": "dpkg-dev",
+    "dh": "debhelper", "dh_python3": "dh-python", "nsenter": "util-linux", "ip": "iproute2",
+}  # fmt: skip
+_SECONDS = 600
+
+
+def missing_tools() -> list[str]:
+    """Debian packages that the host lacks."""
+    found = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    return found + ([] if KEYRING.exists() else ["debian-archive-keyring"])
+
+
+def depends(control: str) -> list[str]:
+    """The packages that the .deb needs or recommends, without versions."""
+    fields = re.findall(r"^(?:Depends|Recommends):((?:.*\n)(?: .*\n)*)", control, re.MULTILINE)
+    words = [word.strip() for field in fields for word in field.split(",")]
+    return ["python3", *(word for word in words if word and not word.startswith("$"))]
+
+
+def build() -> Path:
+    """The folder, from the cache or anew. Raises `CannotBuildError`."""
+    cache = Path(os.environ.get(CACHE) or DEFAULT_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    wanted = depends(CONTROL.read_text())
+    recipe = repr((Path(__file__).read_text(), wanted))
+    root = cache / f"root-{SUITE}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    with open(cache / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in cache.glob("root-*"):
+            if path != root:
+                shutil.rmtree(path)
+        if not root.exists():
+            with tempfile.TemporaryDirectory(prefix="root-building-", dir=cache) as folder:
+                _make(Path(folder) / "made", wanted)
+                (Path(folder) / "made").rename(root)
+    return root
+
+
+def _make(tree: Path, wanted: list[str]) -> None:
+    archives = 'rm -f "$1"/var/cache/apt/archives/*.deb'
+    download = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get install -y --download-only {" ".join(wanted)}'
+    command = [
+        *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", f"--keyring={KEYRING}"),
+        *(f"--include={','.join(PACKAGES)}", '--aptopt=APT::Install-Recommends "false"'),
+        '--aptopt=APT::Keep-Downloaded-Packages "true"', "--dpkgopt=path-exclude=/usr/share/locale/*",
+        *(f"--aptopt={line.rstrip(';')}" for line in apt_options()),
+        *("--skip=cleanup/apt", f"--customize-hook={archives}", f"--customize-hook={download}"),
+        *(SUITE, str(tree), mirror(SUITE)),
+    ]  # fmt: skip
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS)
+    if done.returncode:
+        said = "; ".join(done.stderr.strip().splitlines()[-5:])
+        raise CannotBuildError(f"mmdebstrap failed: {said}")
