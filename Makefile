@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-.PHONY: setup run test lint help
+.PHONY: setup run test lint dashboards help
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python
 
@@ -22,4 +22,8 @@ lint: ## ruff, mypy, shell and YAML checks
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	shellcheck packaging/bootstrap .ci/run
-	$(PYTHON) -m yamllint -c config/yamllint.yaml config
+	$(PYTHON) -m yamllint -c config/yamllint.yaml config grafana/provisioning
+
+dashboards: ## write grafana/dashboards from the Python that builds them
+	@packaging/bootstrap test
+	$(PYTHON) -m grafana.build

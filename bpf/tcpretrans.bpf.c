@@ -3,8 +3,8 @@
  * Retransmitted TCP segments by family, state and kind, as RetransSegs in /proc/net/snmp counts them.
  *
  * tcp_retransmit_skb sits where every retransmission passes, loss probes included; it may carry several segments.
- * From 6.18 on it fires for failed attempts too and tells the error. SYN-ACKs have a tracepoint of their own. The
- * current task means nothing here, so exemplars carry addresses and the socket's cgroup, no pid.
+ * From 6.18 on it fires for every attempt and tells the error. SYN-ACKs have a tracepoint of their own. The current
+ * task means nothing here, so exemplars carry addresses and the socket's cgroup, no pid.
  */
 #include "program.h"
 #include "tcp.h"
@@ -12,11 +12,16 @@
 #include "exemplar.h"
 #include "events.h"
 
+#define EAGAIN 11
+#define ENOMEM 12
+#define EBUSY 16
+#define EINVAL 22
+#define EHOSTUNREACH 113
 #define TCP_SYN_SENT 2
 #define TCP_SYN_RECV 3
 #define STATES 16
 #define ICSK_TIME_LOSS_PROBE 5 /* include/net/inet_connection_sock.h */
-#define TCP_CA_RECOVERY 3
+#define TCPCB_LOST 4           /* include/net/tcp.h */
 
 enum kind { KIND_DATA, KIND_SYN, KIND_SYNACK, KIND_PROBE, KINDS };
 
@@ -107,13 +112,34 @@ static __always_inline void count(struct sock *sk, const struct endpoints *ends,
 #endif
 }
 
-/* A loss probe's timer stays pending while it sends; so it may be during a fast retransmit, but then in Recovery. */
-static __always_inline bool is_loss_probe(struct sock *sk)
+/* The control block is bytes to the verifier, so a helper reads it. */
+#define READ_CB(skb, field)                                                                                       \
+	({                                                                                                        \
+		typeof(((struct tcp_skb_cb *)0)->field) __value = 0;                                              \
+		bpf_probe_read_kernel(&__value, sizeof(__value),                                                  \
+				      (void *)(skb)->cb + __builtin_offsetof(struct tcp_skb_cb, field));          \
+		__value;                                                                                          \
+	})
+
+/*
+ * tcp_send_loss_probe() repeats the last segment while its own timer is still the pending one. That timer may be pending
+ * when a fast retransmit begins, too; but what any other path sends again has been marked lost.
+ */
+static __always_inline bool is_loss_probe(struct sock *sk, struct sk_buff *skb)
 {
 	struct tcp_sock *tp = TCP_SOCK(sk);
 
-	return tp && READ(tp, inet_conn.icsk_pending) == ICSK_TIME_LOSS_PROBE &&
-	       (READ(tp, inet_conn.icsk_ca_state_byte) & 0x1f) < TCP_CA_RECOVERY;
+	return tp && READ(tp, inet_conn.icsk_pending) == ICSK_TIME_LOSS_PROBE && !(READ_CB(skb, sacked) & TCPCB_LOST);
+}
+
+/*
+ * Errors with which __tcp_retransmit_skb() gives up before it counts and sends anything: the first transmission still
+ * waits in this host (EBUSY), no route (EHOSTUNREACH), closed window (EAGAIN), no memory to split the packet (ENOMEM).
+ * Neither RetransSegs nor TCPRetransFail knows these attempts.
+ */
+static __always_inline bool before_sending(s32 error)
+{
+	return error == -EBUSY || error == -EHOSTUNREACH || error == -EAGAIN || error == -ENOMEM || error == -EINVAL;
 }
 
 PROGRAM(tcp_retransmit_skb)
@@ -121,16 +147,15 @@ PROGRAM(tcp_retransmit_skb)
 	struct sock *sk = (void *)ctx[0];
 	struct sk_buff *skb = (void *)ctx[1];
 	struct endpoints ends = {};
-	u16 segments = 0;
-	u32 state, kind = KIND_DATA;
+	u32 segments, state, kind = KIND_DATA;
 
 	if (!counting())
 		return 0;
-	/* tcp_skb_pcount(); the control block is bytes to the verifier, so a helper reads it */
-	bpf_probe_read_kernel(&segments, sizeof(segments),
-			      (void *)skb->cb + __builtin_offsetof(struct tcp_skb_cb, tcp_gso_segs));
+	segments = READ_CB(skb, tcp_gso_segs); /* tcp_skb_pcount() */
 	read_endpoints(&ends, &sk->__sk_common, READ(sk, __sk_common.skc_num));
 #if ARGS_tcp_retransmit_skb > 2
+	if (before_sending(ctx[2]))
+		return 0;
 	if ((s32)ctx[2]) {
 		int family = ends.family;
 		u64 *failed = failures.lookup(&family);
@@ -145,7 +170,7 @@ PROGRAM(tcp_retransmit_skb)
 		kind = KIND_SYN;
 	else if (state == TCP_SYN_RECV)
 		kind = KIND_SYNACK;
-	else if (is_loss_probe(sk))
+	else if (is_loss_probe(sk, skb))
 		kind = KIND_PROBE;
 	count(sk, &ends, state, kind, segments);
 	return 0;

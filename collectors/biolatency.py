@@ -11,7 +11,7 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from collectors.decoders import OTHER, Totals, distribution, text
+from collectors.decoders import OTHER, Totals, counts, text
 from daemon.declare import Collector, Context, Decoded, Hook, Option, Part, Row, Tables, Truth, Variant
 from daemon.histogram import BYTES, SECONDS
 from daemon.model import Metric
@@ -60,9 +60,9 @@ def decode(tables: Tables, context: Context) -> Decoded:
     rows = [*tables["block_io"], *_others(tables["block_io_other"])]
     for row in rows:
         labels = (text(row.key["disk"]), OPERATIONS[row.key["operation"]])
-        duration.add(labels, distribution(row.value, "device", SECONDS, context, _sector))
-        queue.add(labels, distribution(row.value, "queue", SECONDS, context, _sector))
-        size.add(labels, distribution(row.value, "size", BYTES, context, _sector))
+        duration.add(labels, counts(row.value, "device", SECONDS, context, _sector))
+        queue.add(labels, counts(row.value, "queue", SECONDS, context, _sector))
+        size.add(labels, counts(row.value, "size", BYTES, context, _sector))
     for row in tables["block_io_errors"]:
         key = row.key
         errors.add((text(key["disk"]), OPERATIONS[key["operation"]], error_name(key["error"])), row.value)

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from daemon import histogram
 from daemon.declare import Context
-from daemon.histogram import Scale
-from daemon.model import EXEMPLAR_LABELS_MAX, Distribution, Exemplar, Family, Metric, Series
+from daemon.histogram import Counts, Scale
+from daemon.model import EXEMPLAR_LABELS_MAX, Exemplar, Family, Metric, Series
 
 OTHER = "other"
 Labels = tuple[str, ...]
@@ -102,9 +101,9 @@ def exemplar(
     return Exemplar(fit(labels), raw["value"] / unit, context.wall_clock(raw["time_ns"]))
 
 
-def distribution(
+def counts(
     value: Mapping[str, Any], name: str, scale: Scale, context: Context, words: Words = lambda words: ()
-) -> Distribution:
+) -> Counts:
     """A kernel histogram and the exemplars beside it (`<name>_exemplars`, where they are compiled in)."""
     raw = value[name]
     found = {
@@ -112,7 +111,7 @@ def distribution(
         for octave, one in enumerate(value.get(f"{name}_exemplars", ()))
         if (decoded := exemplar(one, scale.unit, context, words))
     }
-    return scale.distribution(raw["slots"], raw["overflow"], raw["sum"], found)
+    return Counts(scale, raw["slots"], raw["overflow"], raw["sum"], found)
 
 
 class Totals:
@@ -125,20 +124,15 @@ class Totals:
         self.metric = metric
         self.limit = limit
         self.dropped = 0
-        self._values: dict[Labels, int | Distribution] = {}
+        self._values: dict[Labels, int | Counts] = {}
         self._exemplars: dict[Labels, Exemplar] = {}
 
-    def add(self, labels: Labels, value: int | Distribution, found: Exemplar | None = None) -> None:
+    def add(self, labels: Labels, value: int | Counts, found: Exemplar | None = None) -> None:
         if labels not in self._values and len(self._values) >= self.limit:
             self.dropped += 1
             labels = (OTHER,) * len(labels)
         before = self._values.get(labels)
-        if before is None:
-            self._values[labels] = value
-        elif isinstance(before, Distribution) and isinstance(value, Distribution):
-            self._values[labels] = histogram.add(before, value)
-        elif isinstance(before, int) and isinstance(value, int):
-            self._values[labels] = before + value
+        self._values[labels] = value if before is None else before + value  # type: ignore[operator]
         known = self._exemplars.get(labels)
         if found and (known is None or known.timestamp < found.timestamp):
             self._exemplars[labels] = found
@@ -146,5 +140,13 @@ class Totals:
     def family(self, created: float) -> Family:
         return Family(
             self.metric,
-            [Series(labels, value, created, self._exemplars.get(labels)) for labels, value in self._values.items()],
+            [
+                Series(
+                    labels,
+                    value.distribution() if isinstance(value, Counts) else value,
+                    created,
+                    self._exemplars.get(labels),
+                )
+                for labels, value in self._values.items()
+            ],
         )

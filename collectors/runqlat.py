@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from collectors.decoders import OTHER, Totals, distribution
+from collectors.decoders import OTHER, Totals, counts
 from daemon.declare import Collector, Context, Decoded, Hook, Option, Part, Tables, Truth, Variant
 from daemon.histogram import SECONDS
 from daemon.model import Metric
@@ -28,13 +28,13 @@ def _latency(options: Mapping[str, Any]) -> Metric:
 def decode(tables: Tables, context: Context) -> Decoded:
     latency = Totals(_latency(context.options), context.max_series)
     if context.options["by"] != "cgroup":
-        latency.add((), distribution(tables["run_queue_all"][0].value, "wait", SECONDS, context))
+        latency.add((), counts(tables["run_queue_all"][0].value, "wait", SECONDS, context))
         return Decoded([latency.family(context.created)])
     # 'other' comes first, so that it has a place. Groups that are gone go on in it: the sum over all never falls.
-    latency.add((OTHER,), distribution(tables["run_queue_all"][0].value, "wait", SECONDS, context))
+    latency.add((OTHER,), counts(tables["run_queue_all"][0].value, "wait", SECONDS, context))
     for row in tables["run_queue"]:
         path = context.cgroup_path(row.key) or OTHER
-        latency.add((path,), distribution(row.value, "wait", SECONDS, context))
+        latency.add((path,), counts(row.value, "wait", SECONDS, context))
     return Decoded([latency.family(context.created)], latency.dropped)
 
 

@@ -15,7 +15,7 @@ from collectors.decoders import (
     FAMILIES,
     OTHER,
     Totals,
-    distribution,
+    counts,
     endpoints,
     endpoints_labels,
     endpoints_of_words,
@@ -58,9 +58,9 @@ def decode(tables: Tables, context: Context) -> Decoded:
         rest, port = divmod(row.key, len(ports))
         family, direction = divmod(rest, len(DIRECTIONS))
         labels = (FAMILIES[family], DIRECTIONS[direction], ports[port])
-        duration.add(labels, distribution(row.value, "duration", SECONDS, context, _words))
-        sent.add(labels, distribution(row.value, "sent", BYTES, context, _words))
-        received.add(labels, distribution(row.value, "received", BYTES, context, _words))
+        duration.add(labels, counts(row.value, "duration", SECONDS, context, _words))
+        sent.add(labels, counts(row.value, "sent", BYTES, context, _words))
+        received.add(labels, counts(row.value, "received", BYTES, context, _words))
         opened.add(labels, row.value["opened"])
     return Decoded([one.family(context.created) for one in (duration, sent, received, opened)], duration.dropped)
 

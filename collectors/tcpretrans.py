@@ -137,10 +137,10 @@ COLLECTOR = Collector(
         "cgroup": ("kn",),
         "kernfs_node": ("id",),
         "sk_buff": ("cb",),
-        "tcp_skb_cb": ("tcp_gso_segs",),
+        "tcp_skb_cb": ("tcp_gso_segs", "sacked"),
         "request_sock": ("__req_common",),
         "tcp_sock": ("inet_conn",),
-        "inet_connection_sock": ("icsk_pending", "icsk_ca_state"),
+        "inet_connection_sock": ("icsk_pending",),
     },
     options=(
         Option(

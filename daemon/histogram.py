@@ -71,6 +71,25 @@ class Scale:
         return Distribution((0,) * (self.octaves + 1), 0, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """A kernel histogram as it was read. Whole numbers, so that several add up to the same in any order."""
+
+    scale: Scale
+    slots: Sequence[int]
+    overflow: int
+    total: int
+    exemplars: Mapping[int, Exemplar]
+
+    def __add__(self, other: Counts) -> Counts:
+        slots = [a + b for a, b in zip(self.slots, other.slots, strict=True)]
+        exemplars = newest(self.exemplars, other.exemplars)
+        return Counts(self.scale, slots, self.overflow + other.overflow, self.total + other.total, exemplars)
+
+    def distribution(self) -> Distribution:
+        return self.scale.distribution(self.slots, self.overflow, self.total, self.exemplars)
+
+
 SECONDS = Scale(unit=1_000_000_000, first=-20, octaves=25)
 BYTES = Scale(unit=1, first=0, octaves=30)
 
@@ -81,11 +100,17 @@ def buckets(value: Distribution) -> list[int]:
     return [after - before for before, after in zip((0, *value.cumulative), ends, strict=True)]
 
 
-def add(left: Distribution, right: Distribution) -> Distribution:
-    """Both together; of two exemplars of a bucket the newer one stays."""
-    exemplars = dict(left.exemplars)
-    for bucket, exemplar in right.exemplars.items():
+def newest(left: Mapping[int, Exemplar], right: Mapping[int, Exemplar]) -> dict[int, Exemplar]:
+    """Of two exemplars of a bucket the newer one."""
+    exemplars = dict(left)
+    for bucket, exemplar in right.items():
         if bucket not in exemplars or exemplars[bucket].timestamp < exemplar.timestamp:
             exemplars[bucket] = exemplar
+    return exemplars
+
+
+def add(left: Distribution, right: Distribution) -> Distribution:
+    """Both together, for a picture: the sum is rounded, so what Prometheus gets is added as `Counts`."""
+    exemplars = newest(left.exemplars, right.exemplars)
     cumulative = tuple(a + b for a, b in zip(left.cumulative, right.cumulative, strict=True))
     return Distribution(cumulative, left.count + right.count, left.sum + right.sum, exemplars)

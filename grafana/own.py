@@ -64,7 +64,8 @@ _PANELS = (
     row("Does it count all?"),
     graph(
         "Coverage", "percentunit",
-        Help("Events counted here for each event that the kernel counted itself, where it does.", "99 % or more.",
+        Help("Events counted here for each event that the kernel counted itself, where it does, since counting began.",
+             "99 % or more.",
              "a hook that misses some, or events lost: see the next panel."),
         Query("min by (collector) (bpfmetricsd_coverage_ratio{HOST})", "{{collector}}"),
     ),

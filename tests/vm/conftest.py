@@ -10,9 +10,8 @@ import pytest
 from tests.vm.junit import Case
 
 Note = Callable[[str], None]
-
-
 Report = Callable[[str, Case], None]
+_NOTES = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture
@@ -30,9 +29,6 @@ def report(request: pytest.FixtureRequest) -> Report:
         )  # fmt: skip
 
     return do
-
-
-_NOTES = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="session")

@@ -140,13 +140,11 @@ def _run(image: Image, commands: Sequence[Command], cpus: int, total_s: float) -
         folder = Path(name)
         console = folder / "console"
         _job(commands, folder / "job")
-        (folder / "results").touch()
-        with open(folder / "results", "r+b") as results:
+        with open(folder / "results", "wb") as results:
             results.truncate(_RESULTS_BYTES)
         begun = time.monotonic()
         why = _boot(
-            [
-                # Never kvm: where it exists it may hang. Dies with us, however we die.
+            [  # dies with us, however we die; never kvm, which may be there and hang
                 *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"),
                 *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus), "-m", MEMORY),
                 *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", f"file:{console}"),

@@ -28,7 +28,7 @@ DEFAULT_CACHE = Path("/var/cache/bpfmetricsd-vm")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 TOOLS = {
     "qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mkfs.ext4": "e2fsprogs",
-    "dpkg-deb": "dpkg", "apt-get": "apt", "zstd": "zstd", "setpriv": "util-linux",
+    "dpkg-deb": "dpkg", "apt-get": "apt", "zstd": "zstd", "setpriv": "util-linux", "unshare": "util-linux",
 }  # fmt: skip
 _STEP_TIMEOUT_S = 900
 _ROOT_SIZE = "3G"  # sparse: about 0.5 GB on disk
@@ -123,7 +123,7 @@ def chosen(names: str) -> tuple[Guest, ...]:
 
 def missing_tools() -> list[str]:
     """Debian packages that the host lacks."""
-    found = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    found = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
     return found + ([] if KEYRING.exists() else ["debian-archive-keyring"])
 
 
@@ -172,7 +172,7 @@ def _alone(cache: Path) -> Iterator[None]:
 @contextmanager
 def _new(path: Path) -> Iterator[Path]:
     """A folder to build in; what lies in its `made` takes the place of `path` in the end."""
-    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
         (Path(folder) / "made").rename(path)
 
@@ -259,7 +259,9 @@ class Apt:
 def _make_root(guest: Guest, folder: Path) -> None:
     tree = folder / "tree"
     _run(
-        "mmdebstrap", "--mode=root", "--variant=essential", "--format=directory", f"--include={','.join(PACKAGES)}",
+        *("unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"),  # nothing of it outlives it
+        *("env", f"TMPDIR={folder}", "mmdebstrap"),
+        "--mode=root", "--variant=essential", "--format=directory", f"--include={','.join(PACKAGES)}",
         f"--keyring={KEYRING}", '--aptopt=APT::Install-Recommends "false"',
         *(f"--aptopt={line.rstrip(';')}" for line in apt_options()),
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in _UNPACKED_NOT),

@@ -59,13 +59,13 @@ def booted(
 
 
 def lines(name: str, loads: dict[str, dict[str, Any]]) -> list[str]:
-    """One line for each set of forbidden hook kinds and collector: hooks with fidelity, or why there are none."""
+    """One line for each set of forbidden hook kinds and collector: hooks with fidelity."""
     found = []
     for forbidden, outcomes in loads.items():
         for collector, outcome in outcomes.items():
             hooks = ", ".join(f"{hook} {fidelity}" for _, hook, fidelity in outcome["hooks"])
             without = f"without {forbidden}" if forbidden else "all hooks"
-            found.append(f"{name} | {without} | {collector} | {hooks or 'failed: ' + outcome['error']}")
+            found.append(f"{name} | {without} | {collector} | {hooks or 'does not load'}")
     return found
 
 

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package under a real systemd, as an operator lives with it. The tests go in this order: install first, purge last."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import collectors
+from collectors import oomkill
+from tests.service.conftest import blocks
+from tests.service.machine import PORT, THEIRS, Machine, wait_for
+
+pytestmark = pytest.mark.service
+
+SERVER, LOADER, SOCKET = "bpfmetricsd.service", "bpfmetricsd-load.service", "bpfmetricsd.socket"
+CONFIG = "/etc/bpfmetricsd/bpfmetricsd.yaml"
+PINS = "/sys/fs/bpf/bpfmetricsd"
+BASE = f'server: {{listen: ":{PORT}"}}\ncollectors: {{{", ".join(f"{one.name}: {{}}" for one in collectors.ALL)}}}\n'
+BROKEN_SOURCE = "/usr/lib/bpfmetricsd/bpf/cachestat.bpf.c"
+RSS_KIB = 32 * 1024
+WAITS = "bpf_run_queue_latency_seconds_count"  # never stands still
+
+
+def up(samples: dict[str, float]) -> dict[str, float]:
+    prefix = 'bpfmetricsd_collector_up{collector="'
+    return {key.removeprefix(prefix)[:-2]: value for key, value in samples.items() if key.startswith(prefix)}
+
+
+def started(samples: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in samples.items() if key.startswith("bpfmetricsd_collector_started")}
+
+
+def status_text(machine: Machine) -> str:
+    return machine.show(SERVER, "StatusText")
+
+
+def all_up(machine: Machine) -> dict[str, float]:
+    """The samples of a scrape, once all six collectors are up."""
+
+    def look() -> dict[str, float]:
+        samples = machine.scrape()
+        found = up(samples)
+        return samples if len(found) == len(collectors.ALL) and all(found.values()) else {}
+
+    samples: dict[str, float] = wait_for(look, f"six collectors up; status: {status_text(machine)}")
+    return samples
+
+
+@pytest.fixture
+def machine(installed: Machine) -> Machine:
+    """With all six collectors up, and reachable from the host."""
+    one = installed
+    one.run("rm", "-rf", f"/run/systemd/system/{SERVER}.d")
+    one.write(CONFIG, BASE)
+    one.run("systemctl", "daemon-reload")
+    one.run("systemctl", "start", LOADER, SERVER)
+    one.run("systemctl", "reload", SERVER)
+    try:
+        one.scrape()
+    except OSError:
+        one.run("systemctl", "restart", SERVER)
+    all_up(one)
+    return one
+
+
+@pytest.fixture(scope="module")
+def installed(computer: Machine, deb: Path) -> Machine:
+    """Installed by apt, which finds all that it needs among Debian's packages and starts the units."""
+    computer.run("apt", "install", f"/packages/{deb.name}")
+    return computer
+
+
+def counted(before: dict[str, float], after: dict[str, float]) -> None:
+    """The same counting goes on: no collector began anew, and nothing was forgotten."""
+    assert started(after) == started(before)
+    assert after[WAITS] > before[WAITS] > 0
+
+
+def test_apt_installs_and_starts_it(installed: Machine) -> None:
+    assert installed.run("systemctl", "is-active", SERVER, LOADER).stdout.split() == ["active", "active"]
+    assert installed.run("systemctl", "is-enabled", SERVER, LOADER).stdout.split() == ["enabled", "enabled"]
+    assert status_text(installed) == f"{len(collectors.ALL)} of {len(collectors.ALL)} collectors up"
+    page = installed.run("curl", "-sS", f"http://127.0.0.1:{PORT}/metrics").stdout
+    assert page.count("\nbpfmetricsd_collector_up{") == len(collectors.ALL)
+
+
+def test_metrics_are_seen_from_outside(machine: Machine) -> None:
+    assert set(up(all_up(machine))) == set(collectors.BY_NAME)
+
+
+def test_the_server_holds_no_privilege_and_little_memory(machine: Machine) -> None:
+    for _ in range(5):
+        machine.scrape()
+    status = machine.proc()
+    assert "0" not in status["Uid"].split()
+    assert status["Groups"].split() == status["Gid"].split()[:1]
+    assert {status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["VmRSS"].split()[0]) <= RSS_KIB
+
+
+def test_only_root_and_the_group_may_read_the_pins(machine: Machine) -> None:
+    listing = machine.run("find", PINS, "-printf", "%m %u %g\n").stdout.split("\n")
+    assert {line for line in listing if line} == {
+        "750 root bpfmetricsd", "640 root bpfmetricsd", "660 root bpfmetricsd",
+    }  # fmt: skip
+    seen = machine.run("runuser", "-u", "nobody", "--", "ls", PINS, check=False)
+    assert seen.returncode != 0
+
+
+def test_a_killed_server_comes_back_and_counts_go_on(machine: Machine) -> None:
+    before, pid = machine.scrape(), machine.pid()
+    machine.run("kill", "-KILL", pid)
+    wait_for(lambda: machine.pid() not in ("0", pid), "another server")
+    counted(before, all_up(machine))
+
+
+def test_the_watchdog_replaces_a_server_that_hangs(machine: Machine) -> None:
+    machine.write(f"/run/systemd/system/{SERVER}.d/watchdog.conf", "[Service]\nWatchdogSec=2s\n")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "restart", SERVER)
+    before, pid = all_up(machine), machine.pid()
+    machine.run("kill", "-STOP", pid)
+    wait_for(lambda: machine.pid() not in ("0", pid), "another server")
+    counted(before, all_up(machine))
+    assert "Watchdog timeout" in machine.run("journalctl", "-q", "-u", SERVER, "-n", "30").stdout
+
+
+def test_a_restart_loses_no_count(machine: Machine) -> None:
+    before, pid = machine.scrape(), machine.pid()
+    machine.run("systemctl", "restart", SERVER)
+    assert machine.pid() != pid
+    counted(before, all_up(machine))
+
+
+def test_counting_goes_on_without_a_server(machine: Machine) -> None:
+    before = machine.scrape()
+    machine.run("systemctl", "stop", SERVER)
+    assert machine.run("systemctl", "is-active", LOADER).stdout.strip() == "active"
+    machine.run("systemctl", "start", SERVER)
+    counted(before, all_up(machine))
+
+
+def test_a_reload_applies_the_configuration(machine: Machine) -> None:
+    before, pid = machine.scrape(), machine.pid()
+    machine.write(CONFIG, BASE.replace("cachestat: {}, ", "").replace("tcpretrans: {}", "tcpretrans: {events: true}"))
+    machine.run("systemctl", "reload", SERVER)
+    wait_for(lambda: set(up(machine.scrape())) == set(collectors.BY_NAME) - {"cachestat"}, "no cachestat")
+    after = machine.scrape()
+    assert machine.run("ls", PINS).stdout.split() == sorted(set(collectors.BY_NAME) - {"cachestat"})
+    assert machine.run("ls", f"{PINS}/tcpretrans/maps").stdout.split().count("events") == 1
+    assert machine.pid() == pid
+    assert after[WAITS] > before[WAITS]
+
+
+def test_a_faulty_configuration_fails_to_reload_and_changes_nothing(machine: Machine) -> None:
+    before = machine.scrape()
+    machine.write(CONFIG, BASE + "intervall: 5s\n")
+    assert machine.run("systemctl", "reload", SERVER, check=False).returncode != 0
+    assert f"{CONFIG}:3: intervall: unknown key" in machine.log()
+    assert machine.run("systemctl", "is-active", SERVER, LOADER).stdout.split() == ["active", "active"]
+    counted(before, all_up(machine))
+
+
+@contextlib.contextmanager
+def broken(machine: Machine) -> Iterator[None]:
+    """One collector's program does not compile."""
+    machine.run("cp", BROKEN_SOURCE, "/root/kept")
+    machine.run("sed", "-i", "$a#error broken by a test", BROKEN_SOURCE)
+    try:
+        yield
+    finally:
+        machine.run("mv", "/root/kept", BROKEN_SOURCE)
+
+
+def test_a_failing_collector_is_named_by_systemctl_status(machine: Machine) -> None:
+    machine.run("systemctl", "stop", LOADER)
+    with broken(machine):
+        machine.run("systemctl", "start", SERVER)
+        text = machine.run("systemctl", "status", "--no-pager", "--full", SERVER).stdout
+        assert "5 of 6 collectors up; cachestat: " in text
+        assert "broken by a test" in text
+        assert {name for name, is_up in up(machine.scrape()).items() if not is_up} == {"cachestat"}
+        assert machine.run("bpfmetricsd", "status", check=False).returncode == 1
+    machine.run("systemctl", "reload", SERVER)
+    all_up(machine)
+
+
+def test_without_any_place_for_pins_the_loader_fails(machine: Machine) -> None:
+    machine.run("systemctl", "stop", LOADER)
+    machine.run("mkdir", "-m", "0", PINS)
+    machine.run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", "/sys/fs/bpf")
+    try:
+        assert machine.run("systemctl", "start", SERVER, check=False).returncode != 0
+        assert machine.run("systemctl", "is-active", LOADER, check=False).stdout.strip() == "failed"
+    finally:
+        machine.run("umount", "/sys/fs/bpf")
+        machine.run("rmdir", PINS)
+
+
+@contextlib.contextmanager
+def small_cgroup(name: str, limit: int) -> Iterator[Path]:
+    """A memory cgroup of the host, of version 1 or 2."""
+    top = Path("/sys/fs/cgroup")
+    old = top / "memory"
+    group = (old if old.is_dir() else top) / name
+    group.mkdir()
+    try:
+        (group / ("memory.limit_in_bytes" if old.is_dir() else "memory.max")).write_text(str(limit))
+        yield group
+    finally:
+        wait_for(lambda: group.rmdir() is None, f"{group} is empty")
+
+
+def test_an_oom_kill_is_in_the_journal_with_every_field(machine: Machine) -> None:
+    mebibytes = 48
+    command = [sys.executable, "-c", "import sys; sys.stdin.read(1); b'x' * (1 << 30)"]
+    with small_cgroup(f"{machine.name}-oom", mebibytes << 20) as group:
+        victim = subprocess.Popen(command, stdin=subprocess.PIPE)
+        (group / "cgroup.procs").write_text(str(victim.pid))
+        victim.communicate(b"x")
+    assert victim.returncode == -9
+    wanted = (f"MESSAGE_ID={oomkill.MESSAGE_ID}", f"BPF_PID={victim.pid}")
+    (entry,) = wait_for(lambda: machine.entries(*wanted), "the journal entry")
+    assert entry["SYSLOG_IDENTIFIER"] == "bpfmetricsd"
+    assert entry["_SYSTEMD_UNIT"] == SERVER
+    assert entry["PRIORITY"] == "3"
+    assert entry["MESSAGE"].startswith(f"OOM kill: {entry['BPF_COMM']} (pid {victim.pid}) in cgroup ")
+    assert entry["BPF_SCOPE"] == "memcg"
+    assert entry["BPF_COMM"] == entry["BPF_KILLER_COMM"]
+    assert entry["BPF_KILLER_PID"] == str(victim.pid)
+    assert entry["BPF_CGROUP"].startswith("/")
+    assert "BPF_UNIT" in entry
+    parts = [int(entry[f"BPF_{kind}_BYTES"]) for kind in ("ANON", "FILE", "SHMEM")]
+    assert int(entry["BPF_RSS_BYTES"]) == sum(parts)
+    assert parts[0] > mebibytes << 19
+    assert entry["BPF_OOM_SCORE_ADJ"] == "0"
+    assert entry["BPF_TIMESTAMP"].endswith("Z")
+
+
+def test_an_upgrade_loses_no_count(machine: Machine) -> None:
+    before, pid = machine.scrape(), machine.pid()
+    machine.run("sh", "-c", "apt install /packages/next/*.deb")
+    assert machine.pid() != pid
+    after = all_up(machine)
+    counted(before, after)
+    assert any(key.startswith("bpfmetricsd_build_info{") and 'version="99.0"' in key for key in after)
+    assert machine.run("cat", CONFIG).stdout == BASE
+
+
+def test_systemd_may_hold_the_socket(machine: Machine) -> None:
+    machine.write(CONFIG, BASE.replace(f'":{PORT}"', "fd://"))
+    drop_in = f"/run/systemd/system/{SOCKET}.d/address.conf"
+    machine.write(drop_in, f"[Socket]\nListenStream=\nListenStream={THEIRS}:{PORT}\n")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "stop", SERVER)
+    machine.run("systemctl", "start", SOCKET)
+    try:
+        all_up(machine)  # which starts the server
+        assert machine.run("systemctl", "is-active", SERVER).stdout.strip() == "active"
+    finally:
+        machine.run("systemctl", "stop", SOCKET, SERVER)
+        machine.run("rm", "-r", str(Path(drop_in).parent))
+
+
+def test_stopping_the_loader_detaches_the_programs(machine: Machine) -> None:
+    machine.run("systemctl", "stop", LOADER)
+    assert machine.run("systemctl", "is-active", SERVER, LOADER, check=False).stdout.split() == ["inactive", "inactive"]
+    assert [path.name for path in machine.bpffs.iterdir() if not path.name.endswith(".debug")] == []
+    assert machine.run("ls", "-d", "/run/bpfmetricsd", check=False).returncode != 0
+
+
+def test_stopping_the_loader_detaches_also_with_a_faulty_configuration(machine: Machine) -> None:
+    machine.write(CONFIG, "nonsense")
+    machine.run("systemctl", "stop", LOADER)
+    assert [path.name for path in machine.bpffs.iterdir() if not path.name.endswith(".debug")] == []
+
+
+def test_the_commands_of_the_operators_manual_work(machine: Machine) -> None:
+    """All of them in their order, the last of which removes the package."""
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    for line in commands[:-1]:
+        if line.startswith("systemctl stop"):  # what the text before says
+            machine.write(CONFIG, BASE.replace(f'":{PORT}"', "fd://"))
+        machine.run("sh", "-c", line, cwd="/packages")
+    assert commands[-1] == "apt purge bpfmetricsd"
+
+
+def test_purging_leaves_nothing(machine: Machine) -> None:
+    machine.run("apt", "purge", "bpfmetricsd")
+    assert [path.name for path in machine.bpffs.iterdir() if not path.name.endswith(".debug")] == []
+    find = ("find", "/", "-xdev", "-iname", "*bpfmetricsd*", "-not", "-path", "/proc/*", "-not", "-path", "/sys/*")
+    kept = machine.run(*find, "-not", "-path", "/packages/*").stdout.split()
+    assert kept == []
+    assert "bpfmetricsd" not in machine.run("getent", "passwd").stdout + machine.run("getent", "group").stdout
+    assert "bpfmetricsd" not in machine.run("systemctl", "list-units", "--all", "--no-pager").stdout
+    assert machine.run("pgrep", "-f", "bpfmetricsd", check=False).stdout == ""
