@@ -12,6 +12,7 @@
 #define EXEMPLAR_WORDS 6 /* struct endpoints */
 #include "exemplar.h"
 #include "events.h"
+#include "twice.h"
 
 enum {
 	TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_TIME_WAIT, TCP_CLOSE,
@@ -23,6 +24,7 @@ struct connection {
 	u64 began_ns;
 	u64 pid;
 	u64 comm[2];
+	s64 sequence_base; /* what sequence() gives before any payload was sent */
 	u32 direction;
 	u32 established;
 };
@@ -90,14 +92,30 @@ static __always_inline u16 local_port_of(struct tcp_sock *tp)
 	return swap16(READ(tp, inet_conn.icsk_inet.inet_sport));
 }
 
+/* The kernel counts the SYN of the side that connects among its acknowledged bytes, and not that of the other side. */
 static __always_inline void begin(u64 key, u32 direction)
 {
 	struct connection fresh = { .began_ns = bpf_ktime_get_ns(), .direction = direction };
 
-	if (direction == OUTBOUND)
+	if (direction == OUTBOUND) {
+		fresh.sequence_base = 1;
 		take_task(&fresh);
+	}
 	if (open_connections.update(&key, &fresh))
 		lose(LOSS_MAP_FULL);
+}
+
+/*
+ * How far the socket has come in its own sequence, a FIN that was sent aside. Not bytes_sent - bytes_retrans: a first
+ * transmission that fails in this host (a firewall's no, a full queue) is in bytes_sent, and again when it is repeated.
+ */
+static __always_inline s64 sequence(struct tcp_sock *tp, int state)
+{
+	u32 next = READ(tp, snd_nxt), unacknowledged = next - READ(tp, snd_una);
+	bool closing = state == TCP_FIN_WAIT1 || state == TCP_FIN_WAIT2 || state == TCP_CLOSING || state == TCP_LAST_ACK;
+
+	/* A FIN is the last in the queue, so it was sent when all was. */
+	return READ(tp, bytes_acked) + unacknowledged - (closing && next == READ(tp, write_seq));
 }
 
 static __always_inline void opened(struct sock *sk, struct tcp_sock *tp, struct connection *connection)
@@ -138,18 +156,17 @@ static __always_inline void remember(struct exemplar *exemplar, u64 value, u64 n
 #define REMEMBER(of, octave, value) (void)(octave)
 #endif
 
-static __always_inline void closed(struct sock *sk, struct tcp_sock *tp, struct connection *connection)
+static __always_inline void closed(struct sock *sk, struct tcp_sock *tp, struct connection *connection, int state)
 {
 	u64 now = bpf_ktime_get_ns(), cgroup = socket_cgroup(sk);
 	u64 duration_ns = now - connection->began_ns;
-	/* Without SYN and FIN: bytes_acked and bytes_received count them, bytes_sent does not. */
-	u64 sent = READ(tp, bytes_sent) - READ(tp, bytes_retrans);
+	u64 sent = sequence(tp, state) - connection->sequence_base;
 	u64 received = READ(tp, bytes_received);
 	struct endpoints ends = {};
 	struct connections *into;
 	u32 octave;
 
-	if (received && READ(sk, __sk_common.skc_flags) & 1 << SOCK_DONE) /* a FIN has arrived */
+	if (received && READ(sk, __sk_common.skc_flags) & 1 << SOCK_DONE) /* a FIN has arrived, and is counted */
 		received--;
 	read_endpoints(&ends, &sk->__sk_common, local_port_of(tp));
 	into = connections_of(ends.family, connection->direction, (u16)ends.ports);
@@ -182,7 +199,7 @@ static __always_inline void closed(struct sock *sk, struct tcp_sock *tp, struct 
 #endif
 }
 
-PROGRAM(inet_sock_set_state)
+PROGRAM_TWICE(inet_sock_set_state)
 {
 	struct sock *sk = (void *)ctx[0];
 	int old = (int)ctx[1], new = (int)ctx[2];
@@ -212,7 +229,7 @@ PROGRAM(inet_sock_set_state)
 		take_task(connection);
 	else if (new == TCP_CLOSE) {
 		if (connection->established)
-			closed(sk, tp, connection);
+			closed(sk, tp, connection, old);
 		open_connections.delete(&key);
 	}
 	return 0;
@@ -248,6 +265,7 @@ PROGRAM(seed)
 	port = local_port_of(tp);
 	if (listening.lookup(&port))
 		known.direction = INBOUND;
+	known.sequence_base = sequence(tp, common->skc_state) - (tp->bytes_sent - tp->bytes_retrans);
 	if (open_connections.insert(&key, &known) && !open_connections.lookup(&key))
 		lose(LOSS_MAP_FULL);
 	return 0;

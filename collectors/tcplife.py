@@ -21,7 +21,7 @@ from collectors.decoders import (
     endpoints_of_words,
     words_text,
 )
-from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Tables, Variant
+from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Tables, Variant, twice
 from daemon.histogram import BYTES, SECONDS
 from daemon.model import Metric
 
@@ -98,8 +98,7 @@ COLLECTOR = Collector(
     summary="TCP connections: duration, payload each way, opened and closed",
     parts=(
         Part(
-            "inet_sock_set_state",
-            tuple(Variant({"inet_sock_set_state": Hook(kind, "inet_sock_set_state")}) for kind in ("tp_btf", "raw_tp")),
+            "inet_sock_set_state", tuple(Variant(twice(kind, "inet_sock_set_state")) for kind in ("tp_btf", "raw_tp"))
         ),
         Part(
             "seed",
@@ -125,7 +124,16 @@ COLLECTOR = Collector(
         "sock_cgroup_data": ("cgroup?",),
         "cgroup": ("kn",),
         "kernfs_node": ("id",),
-        "tcp_sock": ("inet_conn", "bytes_sent", "bytes_retrans", "bytes_received"),
+        "tcp_sock": (
+            "inet_conn",
+            "bytes_acked",
+            "bytes_sent",
+            "bytes_retrans",
+            "bytes_received",
+            "snd_nxt",
+            "snd_una",
+            "write_seq",
+        ),
         "inet_connection_sock": ("icsk_inet",),
         "inet_sock": ("inet_sport",),
     },

@@ -41,6 +41,14 @@ class Hook:
         return f"{self.kind}:{self.target}"
 
 
+AGAIN = "_again"
+
+
+def twice(kind: HookKind, target: str) -> dict[str, Hook]:
+    """A program that an interrupt can catch, and its second copy (bpf/include/twice.h)."""
+    return {target: Hook(kind, target), f"{target}{AGAIN}": Hook(kind, target)}
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One way to measure a part: C functions and where each attaches.

@@ -9,7 +9,8 @@ from typing import Any
 
 from daemon import reader
 from daemon.config import CollectorConfig
-from daemon.declare import Collector
+from daemon.declare import AGAIN, Collector
+from daemon.libbpf import ProgramStatistics
 from daemon.reader import Pins
 
 
@@ -38,8 +39,7 @@ class Unit:
 
     def losses(self) -> dict[str, int]:
         """Events lost, by reason: told by the programs, and those that the kernel skipped to avoid recursion."""
-        missed = sum(one.recursion_misses for one in self.pins.statistics().values()) if self.pins else 0
-        return {**self.told_losses, reader.RECURSION: missed}
+        return {**self.told_losses, reader.RECURSION: missed(self.pins.statistics()) if self.pins else 0}
 
     def status(self) -> dict[str, Any]:
         """One collector's part of `bpfmetricsd status --json`."""
@@ -66,3 +66,9 @@ class Unit:
             "refused": dict(known.refused), "notes": dict(known.notes), "programs": programs, "maps": maps,
             "lost": self.losses(), "series_dropped": self.dropped, "coverage": self.coverage,
         }  # fmt: skip
+
+
+def missed(statistics: Mapping[str, ProgramStatistics]) -> int:
+    """Events that the kernel skipped, but for those of a program whose second copy sees what the first one missed."""
+    alone = [name for name in statistics if f"{name}{AGAIN}" not in statistics and not name.endswith(AGAIN)]
+    return sum(statistics[name].recursion_misses for name in alone)

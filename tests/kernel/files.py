@@ -85,6 +85,9 @@ class File:
             time.sleep(0.01)
         raise AssertionError(f"{self.path}: pages stay in the page cache")
 
+    def warm(self) -> None:
+        os.pread(self.descriptor, self.size, 0)
+
     def chunks(self, size: int) -> Iterator[tuple[int, range]]:
         """Where each read of `size` bytes begins, and the pages that it asks for."""
         return ((at, pages(at, min(at + size, self.size))) for at in range(0, self.size, size))
@@ -171,7 +174,7 @@ def disk(kind: str, work: Path) -> Iterator[Disk]:
             source = _run("losetup", "--find", "--show", "--direct-io=on", str(image))
             undo.callback(_run, "losetup", "--detach", source)
         _run("mount", "-t", kind, "-o", _MOUNT[kind], source, str(folder))
-        undo.callback(_run, "umount", str(folder))
+        undo.callback(_run, "umount", "--lazy", str(folder))  # a test that failed may still have files open
         number = folder.stat().st_dev
         major, minor = os.major(number), os.minor(number)
         yield Disk(kind, folder, source, major << 20 | minor, f"{major}:{minor}")

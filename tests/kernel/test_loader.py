@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of `load`: what is found decides what is done. Uses oomkill and runqlat: one quiet, one that always counts."""
+"""The table of `load`: what is found decides what is done. oomkill is quiet, runqlat always counts."""
 
 from __future__ import annotations
 
