@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-.PHONY: setup run test lint dashboards help
+.PHONY: setup run test lint deb dashboards help
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python
 
@@ -21,8 +21,13 @@ lint: ## ruff, mypy, shell and YAML checks
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	shellcheck packaging/bootstrap .ci/run
+	shellcheck packaging/bootstrap .ci/run packaging/build-deb packaging/completion/bpfmetricsd \
+		packaging/debian/bpfmetricsd.postinst packaging/debian/bpfmetricsd.prerm packaging/debian/bpfmetricsd.postrm
 	$(PYTHON) -m yamllint -c config/yamllint.yaml config grafana/provisioning
+
+deb: ## build the Debian package into dist/
+	@packaging/bootstrap test
+	@packaging/build-deb
 
 dashboards: ## write grafana/dashboards from the Python that builds them
 	@packaging/bootstrap test

@@ -223,9 +223,10 @@ PROGRAM_TWICE(inet_sock_set_state)
 	tp = TCP_SOCK(sk);
 	if (!connection || !tp)
 		return 0;
-	if (new == TCP_ESTABLISHED)
+	/* With TCP Fast Open a server may be done before the handshake is. */
+	if (new == TCP_ESTABLISHED || (new == TCP_FIN_WAIT1 && old == TCP_SYN_RECV))
 		opened(sk, tp, connection);
-	else if (new == TCP_FIN_WAIT1 || new == TCP_LAST_ACK)
+	if (new == TCP_FIN_WAIT1 || new == TCP_LAST_ACK)
 		take_task(connection);
 	else if (new == TCP_CLOSE) {
 		if (connection->established)

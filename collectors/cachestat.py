@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Page cache, in pages: accesses by reads and faults, misses, additions, dirtied pages.
 
-An access is a page that a read asked for (also a part of it), or that a fault on a mapped file mapped.
-A miss is an access whose page was not in the cache. Buffered writes are no accesses; readahead adds pages that nobody
-asked for, so additions are more than misses.
+An access is a page that a read asked for (also a part of it, each time), or that a fault on a mapped file touched: a touch
+of a page that is mapped already is nothing to the kernel, and the pages that it maps around a fault were not asked for.
+A miss is an access whose page was not in the cache, nor on its way into it. Buffered writes are no accesses; readahead
+adds pages that nobody asked for, so additions are more than misses. The kernel adds and dirties folios of many pages:
+one written byte may dirty them all, as in `nr_dirtied` of `/proc/vmstat`. tmpfs has nothing behind it and is not counted.
+
+Asynchronous reads (io_uring) that have to wait count what they ask for again; their misses may be too few. What a task
+wrote through one and then reads back through one may count as missed.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 from daemon.declare import Collector, Context, Decoded, Hook, HookKind, Part, Tables, Variant
 from daemon.model import Family, Metric, Series
 
-ACCESSES = Metric("bpf_page_cache_accesses", "counter", "Pages that reads asked for or faults mapped; unit: pages.")
+ACCESSES = Metric("bpf_page_cache_accesses", "counter", "Pages that reads asked for or faults touched; unit: pages.")
 MISSES = Metric("bpf_page_cache_misses", "counter", "Accessed pages that were not in the page cache; unit: pages.")
 ADDED = Metric("bpf_page_cache_added", "counter", "Pages added to the page cache, readahead included; unit: pages.")
 DIRTIED = Metric("bpf_page_cache_dirtied", "counter", "Pages of the page cache that became dirty; unit: pages.")
@@ -27,15 +32,10 @@ def _tracepoints(kind: HookKind) -> Variant:
     return Variant({target: Hook(kind, target) for target in targets})
 
 
-def _fexit(read: str) -> Variant:
-    return Variant(
-        {
-            "filemap_read": Hook("fexit", read),
-            "filemap_fault": Hook("fentry", "filemap_fault"),
-            "filemap_map_pages": Hook("fentry", "filemap_map_pages"),
-        },
-        define="READ_FUNCTION",
-    )
+def _fexit(read: str, *more: str) -> Variant:
+    reads = {name: Hook("fexit", name) for name in more} | {"filemap_read": Hook("fexit", read)}
+    faults = {name: Hook("fentry", name) for name in ("filemap_fault", "filemap_map_pages")}
+    return Variant(reads | faults, define="READ_FUNCTION")
 
 
 def _kprobes(read: str) -> Variant:
@@ -66,6 +66,7 @@ COLLECTOR = Collector(
             "accesses",
             (
                 _tracepoints("tp_btf"),
+                _fexit("filemap_read", "filemap_splice_read"),  # sendfile apart, from kernel 6.5 on
                 *(_fexit(read) for read in _READS),
                 _tracepoints("raw_tp"),
                 *(_kprobes(read) for read in _READS),

@@ -111,8 +111,12 @@ class Service:
         return replace(config, bpffs=self._bpffs, state=self._began.state)
 
     def _gone(self) -> list[str]:
-        """A process that reaches the folder of pins because it stands in it cannot see the one that replaced it."""
-        return [_GONE] if not self._bpffs.is_absolute() and os.stat(self._bpffs).st_nlink == 0 else []
+        """A process that reaches the folder because it stands in it, or has it mounted, cannot see the one that
+        replaced it."""
+        try:
+            return [_GONE] if os.stat(self._bpffs).st_nlink == 0 else []
+        except OSError:
+            return []
 
 
 def must_restart(began: Config, now: Config) -> list[str]:

@@ -32,7 +32,6 @@ _USES = tuple(
 _DELETES = "filemap/mm_filemap_delete_from_page_cache"
 _DIRTIES = "writeback/writeback_dirty_folio"
 _ATTEMPTS = 400
-_MINOR = 8  # ru_minflt among the longs of struct rusage, after two struct timeval and four more
 _CACHESTAT = 451  # system call on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -105,10 +104,14 @@ class File:
     def missing(self, asked: range) -> int:
         """How many of these pages are not in the page cache, nor on their way into it (cachestat(2), kernel 6.5).
 
-        Counted from the file's start: when the call makes way for another task while its range begins inside a folio, it
+        Counted from the file's start: when the call makes way for another task and its range began inside a folio, it
         overlooks what comes next (xas_pause adds the folio's size to an index that is not its first).
         """
         return len(asked) - (self._present(asked.stop) - self._present(asked.start))
+
+    def absent(self) -> int:
+        """`missing` of all its pages."""
+        return self.missing(range(self.pages))
 
     def _present(self, end: int) -> int:
         what = _Range(0, end * PAGE)  # a length of 0 would mean all of it
@@ -182,15 +185,15 @@ def disk(kind: str, work: Path) -> Iterator[Disk]:
 
 @contextmanager
 def witness(own: Disk, blocks: bool = False) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether anybody meddled since it was last asked: used other files, or took pages of ours
-    away (memory reclaim, DAMON).
+    """Gives a function that says whether anybody meddled since it was last asked: used other files, or took pages
+    of ours away (memory reclaim, DAMON).
 
     Inode 1 is ext4's own cache of its free blocks. With `blocks`, the filesystem's use of its block device is nobody
     else's: that file's inode number is the device's.
     """
     foreign = f"(s_dev != {own.device} || i_ino == 1)" + (f" && i_ino != {own.device}" if blocks else "")
     filters = dict.fromkeys(_USES, foreign)
-    filters[_DIRTIES] = f'name != "{own.name}"' + (f" && ino != {own.device}" if blocks else "")
+    filters[_DIRTIES] = f'name != "{own.name}"' + ("" if blocks else f" || ino == {own.device}")
     filters[_DELETES] = f"s_dev == {own.device}"
     instance = TRACING / "instances" / f"bpfmetricsd_test_{os.getpid()}"
     instance.mkdir()
@@ -215,6 +218,10 @@ def nothing() -> None:
     pass
 
 
+def ready() -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Meter:
     """What a load adds to the counts, measured while nobody meddled."""
@@ -222,17 +229,62 @@ class Meter:
     counts: Callable[[], Counts]
     others: Callable[[], bool]
 
-    def measure(self, load: Callable[[], object], prepare: Callable[[], object] = nothing) -> Counts:
+    def measure(
+        self, load: Callable[[], object], prepare: Callable[[], object] = nothing, ready: Callable[[], bool] = ready
+    ) -> Counts:
+        """`ready` says whether things still are as `prepare` left them."""
         for attempt in range(_ATTEMPTS):
             prepare()
             self.others()
-            before = self.counts()
-            load()
-            after = self.counts()
-            if not self.others():
-                return after.since(before)
+            if ready():
+                before = self.counts()
+                load()
+                after = self.counts()
+                if not self.others():
+                    return after.since(before)
             time.sleep(0.001 * (attempt % 50))
         raise AssertionError(f"in {_ATTEMPTS} attempts somebody else always used files or memory; stop what else runs")
+
+    def cold(self, load: Callable[[], object], *files: File) -> Counts:
+        """With nothing of these files in the page cache."""
+        return self.measure(
+            load, lambda: [file.chill() for file in files], lambda: all(file.absent() == file.pages for file in files)
+        )
+
+    def warm(self, load: Callable[[], object], *files: File) -> Counts:
+        """With all of these files in the page cache."""
+        return self.measure(
+            load, lambda: [file.warm() for file in files], lambda: not any(file.absent() for file in files)
+        )
+
+
+@contextmanager
+def fault_counter(file: File) -> Iterator[Callable[[], int]]:
+    """Gives a function that says how many page faults there were since it was last asked, anywhere in this process's
+    mapping of the file. (getrusage counts others too: a process that has forked faults at its first writes.)
+    """
+    instance = TRACING / "instances" / f"bpfmetricsd_test_faults_{os.getpid()}"
+    instance.mkdir()
+    events = [instance / "events/exceptions" / event for event in ("page_fault_user", "page_fault_kernel")]
+    try:
+        for event in events:
+            (event / "enable").write_text("1")
+
+        def count() -> int:
+            found = sum(not line.startswith("#") for line in (instance / "trace").read_text().splitlines())
+            mappings = Path("/proc/self/maps").read_text().splitlines()
+            addresses = next(line.split()[0] for line in mappings if line.endswith(str(file.path)))
+            first, end = (f"{int(address, 16):#x}" for address in addresses.split("-"))
+            for event in events:
+                (event / "filter").write_text(f"common_pid == {os.getpid()} && address >= {first} && address < {end}")
+            (instance / "trace").write_text("")
+            return found
+
+        yield count
+    finally:
+        for event in events:
+            (event / "enable").write_text("0")
+        instance.rmdir()
 
 
 def readahead(file: File, size: int) -> None:
@@ -241,26 +293,9 @@ def readahead(file: File, size: int) -> None:
     assert not failed, os.strerror(ctypes.get_errno())
 
 
-class Faults:
-    """Minor and major faults of this thread between `begin` and `end`; takes no memory of its own that could fault too."""
-
-    def __init__(self) -> None:
-        self._before, self._after = (ctypes.c_long * 18)(), (ctypes.c_long * 18)()  # struct rusage
-        self._to = ctypes.byref(self._before), ctypes.byref(self._after)
-
-    def begin(self) -> None:
-        _libc.getrusage(resource.RUSAGE_THREAD, self._to[0])
-
-    def end(self) -> None:
-        _libc.getrusage(resource.RUSAGE_THREAD, self._to[1])
-
-    @property
-    def minor(self) -> int:
-        return self._after[_MINOR] - self._before[_MINOR]
-
-    @property
-    def major(self) -> int:
-        return self._after[_MINOR + 1] - self._before[_MINOR + 1]
+def major_faults() -> int:
+    """Of this thread: those for which something had to be read."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
 
 
 def dirtied() -> int:

@@ -37,7 +37,7 @@ def oom_kill(name: str, command: tuple[str, ...] = ()) -> int:
     root = cgroups.mount_point()
     assert root
     v1 = Path("/sys/fs/cgroup/memory")
-    with folder(root / name) as group, folder((v1 if v1.is_dir() else root) / f"{name}-memory") as memory:
+    with folder(root / name) as group, folder((v1 if v1.is_dir() else root) / f"{Path(name).name}-memory") as memory:
         if v1.is_dir():
             (memory / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
             groups = (memory, group)

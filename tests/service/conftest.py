@@ -33,8 +33,8 @@ def packages(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
     """A folder with the package, and in `next` one of a higher version."""
     folder = tmp_path_factory.mktemp("packages")
     build = PROJECT / "packaging/build-deb"
-    for command in ([build, "-o", folder], [build, "-o", folder / "next", "-V", "99.0"]):
-        done = subprocess.run(command, capture_output=True, text=True)
+    for arguments in (["-o", str(folder)], ["-o", str(folder / "next"), "-V", "99.0"]):
+        done = subprocess.run([build, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     folder.chmod(0o755)
     return folder

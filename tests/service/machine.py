@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A machine with a real systemd: systemd-nspawn on a throw-away layer above the cached root.
 
-It has a network of its own with one address that the host reaches, and a bpffs of its own. The BPF programs in it see the
-whole host, as there is one kernel.
+It has a network of its own with one address that the host reaches, and a bpffs of its own. The BPF programs in it see
+the whole host, as there is one kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ BOOT_S, STOP_S, COMMAND_S = 60, 30, 300
 _ENVIRONMENT = (
     "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=dumb", "DEBIAN_FRONTEND=noninteractive",
 )  # fmt: skip
+_IS_RUNNING = ("systemctl", "is-system-running")
 _HIERARCHIES = ("", "unified", "systemd")  # cgroup v2 alone, or beside v1
+Done = subprocess.CompletedProcess[str]
 _NSPAWN_STATE = Path("/run/systemd/nspawn")
 
 
@@ -44,18 +46,19 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30) -> An
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`leader` is the host's id of the machine's first process, `bpffs` the machine's /sys/fs/bpf seen from the host."""
+    """`leader` is the host's id of its first process, `bpffs` its /sys/fs/bpf as the host sees it."""
 
     name: str
     leader: int
     bpffs: Path
 
-    def run(self, *command: str, check: bool = True, stdin: str = "", cwd: str = "/") -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, check: bool = True, stdin: str = "", cwd: str = "/") -> Done:
         """As root in the machine; both outputs in `stdout`."""
         enter = ["nsenter", "-t", str(self.leader), "-a", "env", "-i", "-C", cwd, *_ENVIRONMENT]
         done = subprocess.run(
-            [*enter, *command], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=COMMAND_S
-        )
+            [*enter, *command], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=COMMAND_S,
+        )  # fmt: skip
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}\n{self.log()}")
         return done
@@ -107,8 +110,14 @@ def booted(root: Path, packages: Path) -> Iterator[Machine]:
         nspawn = (
             *("systemd-nspawn", "--quiet", "--boot", f"--directory={root}", f"--machine={name}", "--volatile=overlay"),
             *("--keep-unit", "--register=no", "--console=pipe", "--network-veth", "--capability=all"),
-            *("--system-call-filter=bpf perf_event_open", f"--bind={bpffs}:/sys/fs/bpf", f"--bind-ro={packages}:/packages"),
-            *("--resolv-conf=off", "--timezone=off", "--link-journal=no", "--kill-signal=SIGRTMIN+3"),
+            *("--system-call-filter=bpf perf_event_open", f"--bind={bpffs}:/sys/fs/bpf"),
+            *(
+                f"--bind-ro={packages}:/packages",
+                "--resolv-conf=off",
+                "--timezone=off",
+                "--link-journal=no",
+                "--kill-signal=SIGRTMIN+3",
+            ),
         )
         process = subprocess.Popen(
             ["sh", "-c", f'{joins} exec "$@"', "sh", *nspawn], stdin=subprocess.DEVNULL, stdout=console, stderr=console,
@@ -118,7 +127,7 @@ def booted(root: Path, packages: Path) -> Iterator[Machine]:
         try:
             leader = wait_for(lambda: _leader(process), "systemd", BOOT_S)
             machine = Machine(name, leader, bpffs)
-            wait_for(lambda: "runn" in machine.run("systemctl", "is-system-running", check=False).stdout, "boot", BOOT_S)
+            wait_for(lambda: "running" in machine.run(*_IS_RUNNING, check=False).stdout, "running", BOOT_S)
         except AssertionError as error:
             console.seek(0)
             raise AssertionError(f"{error}\n{console.read()}") from None
@@ -128,6 +137,16 @@ def booted(root: Path, packages: Path) -> Iterator[Machine]:
         _command(*inside, "address", "add", f"{THEIRS}/30", "dev", "host0")
         _command(*inside, "link", "set", "host0", "up")
         yield machine
+
+
+def remove_group(group: Path) -> None:
+    """A cgroup whose last process may be about to end."""
+
+    def removed() -> bool:
+        group.rmdir()
+        return True
+
+    wait_for(removed, f"{group} is empty", 10)
 
 
 def leftovers(name: str) -> list[str]:
@@ -184,4 +203,4 @@ def _groups(name: str) -> list[Path]:
 def _remove_groups(groups: list[Path]) -> None:
     for group in groups:
         for folder, _, _ in os.walk(group, topdown=False):
-            wait_for(lambda folder=folder: os.rmdir(folder) is None, f"{folder} is empty", 10)
+            remove_group(Path(folder))

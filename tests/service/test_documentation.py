@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -97,9 +97,9 @@ def test_completion_offers_the_labels_that_show_takes() -> None:
     assert {"device", "operation", "cgroup", "family"} <= offered
 
 
-def option_sets(options: tuple[Option, ...]) -> Iterator[dict[str, object]]:
+def option_sets(options: tuple[Option, ...]) -> Iterator[dict[str, Any]]:
     """The defaults, and each choice once."""
-    defaults = {option.name: option.default for option in options}
+    defaults: dict[str, Any] = {option.name: option.default for option in options}
     yield defaults
     for option in options:
         for choice in option.choices or ():

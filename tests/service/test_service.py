@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package under a real systemd, as an operator lives with it. The tests go in this order: install first, purge last."""
+"""The package under a real systemd, as an operator lives with it; in this order, from installing it to purging it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import collectors
 from collectors import oomkill
 from tests.service.conftest import blocks
-from tests.service.machine import PORT, THEIRS, Machine, wait_for
+from tests.service.machine import PORT, THEIRS, Machine, remove_group, wait_for
 
 pytestmark = pytest.mark.service
 
@@ -99,6 +99,12 @@ def test_apt_installs_and_starts_it(installed: Machine) -> None:
     assert page.count("\nbpfmetricsd_collector_up{") == len(collectors.ALL)
 
 
+def test_systemd_finds_no_fault_in_the_units(installed: Machine) -> None:
+    units = [f"/lib/systemd/system/{unit}" for unit in (SERVER, LOADER, SOCKET)]
+    said = installed.run("systemd-analyze", "verify", "--man=no", *units).stdout
+    assert "bpfmetricsd" not in said
+
+
 def test_metrics_are_seen_from_outside(machine: Machine) -> None:
     assert set(up(all_up(machine))) == set(collectors.BY_NAME)
 
@@ -112,6 +118,7 @@ def test_the_server_holds_no_privilege_and_little_memory(machine: Machine) -> No
     assert {status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
     assert status["NoNewPrivs"] == "1"
     assert int(status["VmRSS"].split()[0]) <= RSS_KIB
+    assert machine.scrape()["process_resident_memory_bytes"] > 0
 
 
 def test_only_root_and_the_group_may_read_the_pins(machine: Machine) -> None:
@@ -172,6 +179,45 @@ def test_a_reload_applies_the_configuration(machine: Machine) -> None:
     assert after[WAITS] > before[WAITS]
 
 
+def test_the_server_finds_the_names_of_cgroups(machine: Machine) -> None:
+    machine.write(CONFIG, BASE.replace("runqlat: {}", "runqlat: {by: cgroup}"))
+    machine.run("systemctl", "reload", SERVER)
+    wanted = f'{WAITS}{{cgroup="/system.slice/{SERVER}"}}'
+    wait_for(lambda: wanted in machine.scrape(), wanted)
+
+
+def test_programs_load_on_other_kinds_of_hooks(machine: Machine) -> None:
+    """With the few capabilities of the loader's unit."""
+    drop_in = f"/run/systemd/system/{LOADER}.d/hooks.conf"
+    kinds: dict[str, tuple[str, ...]] = {"tp_btf": ("raw_tp",)}
+    if Path("/sys/bus/event_source/devices/kprobe").exists():
+        kinds["tp_btf,fexit,fentry"] = ("raw_tp", "kprobe")
+    try:
+        for forbidden, expected in kinds.items():
+            machine.write(drop_in, f"[Service]\nEnvironment=BPFMETRICSD_FORBID={forbidden}\n")
+            machine.run("systemctl", "daemon-reload")
+            machine.run("systemctl", "reload", LOADER)
+            hooks = "".join(machine.scrape())
+            assert [kind for kind in expected if f'hook="{kind}:' not in hooks] == []
+    finally:
+        machine.run("rm", "-r", str(Path(drop_in).parent))
+
+
+def test_passwords_are_checked(machine: Machine) -> None:
+    """By a file that the service may read because of its group."""
+    bcrypt = pytest.importorskip("bcrypt")
+    machine.run("apt", "install", "python3-bcrypt")
+    hashed = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
+    machine.write("/etc/bpfmetricsd/web.yaml", f"basic_auth_users: {{prometheus: '{hashed}'}}\n")
+    machine.run("chown", "root:bpfmetricsd", "/etc/bpfmetricsd/web.yaml")
+    machine.run("chmod", "640", "/etc/bpfmetricsd/web.yaml")
+    machine.write(CONFIG, BASE.replace("server: {", "server: {web_config: /etc/bpfmetricsd/web.yaml, "))
+    machine.run("systemctl", "restart", SERVER)
+    curl = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"http://{THEIRS}:{PORT}/metrics")
+    asked = [machine.run(*curl, *user).stdout for user in ((), ("-u", "prometheus:secret"), ("-u", "prometheus:no"))]
+    assert asked == ["401", "200", "401"]
+
+
 def test_a_faulty_configuration_fails_to_reload_and_changes_nothing(machine: Machine) -> None:
     before = machine.scrape()
     machine.write(CONFIG, BASE + "intervall: 5s\n")
@@ -229,7 +275,7 @@ def small_cgroup(name: str, limit: int) -> Iterator[Path]:
         (group / ("memory.limit_in_bytes" if old.is_dir() else "memory.max")).write_text(str(limit))
         yield group
     finally:
-        wait_for(lambda: group.rmdir() is None, f"{group} is empty")
+        remove_group(group)
 
 
 def test_an_oom_kill_is_in_the_journal_with_every_field(machine: Machine) -> None:
@@ -264,6 +310,7 @@ def test_an_upgrade_loses_no_count(machine: Machine) -> None:
     assert machine.pid() != pid
     after = goes_on(machine, before)
     assert any(key.startswith("bpfmetricsd_build_info{") and 'version="99.0"' in key for key in after)
+    assert '"version": "99.0"' in machine.run("cat", "/run/bpfmetricsd/runqlat.json").stdout  # programs, too
     assert machine.run("cat", CONFIG).stdout == BASE
 
 
@@ -298,7 +345,7 @@ def test_stopping_the_loader_detaches_also_with_a_faulty_configuration(machine: 
 def test_purging_leaves_nothing(machine: Machine) -> None:
     machine.run("apt", "purge", "bpfmetricsd")
     assert pinned(machine) == []
-    find = ("find", "/", "-xdev", "-iname", "*bpfmetricsd*", "-not", "-path", "/packages/*")
+    find = ("find", "/", "/run", "/tmp", "/var/tmp", "-xdev", "-iname", "*bpfmetricsd*", "-not", "-path", "/packages/*")
     assert machine.run(*find).stdout.split() == []
     assert "bpfmetricsd" not in machine.run("getent", "passwd").stdout + machine.run("getent", "group").stdout
     assert "bpfmetricsd" not in machine.run("systemctl", "list-units", "--all", "--no-pager").stdout
