@@ -23,6 +23,7 @@ _CLONE_NEWNET = 0x40000000
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "iptables": "iptables", "ip6tables": "iptables"}
 _INSTANCES = Path("/sys/kernel/tracing/instances")
 _ATTEMPTS = 8
+_TIMEOUT_S = 60
 _libc = ctypes.CDLL(None, use_errno=True)
 
 LISTEN, TIME_WAIT = "0A", "06"  # as /proc/net/tcp writes them
@@ -182,6 +183,7 @@ def send(source: socket.socket, size: int) -> threading.Thread:
 
 def receive(sink: socket.socket, size: int) -> None:
     """Waits for exactly so many bytes."""
+    sink.settimeout(_TIMEOUT_S)
     while size:
         part = len(sink.recv(min(size, 1 << 20)))
         assert part, f"the connection ended {size} bytes early"

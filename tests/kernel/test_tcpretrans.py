@@ -130,6 +130,7 @@ class Lab:
 def wire(lacks: Callable[[str], object]) -> Iterator[Wire]:
     with net.wire(lacks) as ends:
         for end in ends:
+            end.sysctl("net.ipv4.tcp_retries2", "255")  # short timers soon reach the usual 15
             end.sysctl("net.ipv4.tcp_rto_min_us", "5000")  # kernels that lack these are slower here, and as exact
             end.sysctl("net.ipv4.tcp_rto_max_ms", "1000")
         yield ends
