@@ -15,7 +15,7 @@
 #define SIGKILL 9
 #define SEND_SIG_PRIV 1
 #define LEVELS 12
-#define NAME_LEN 80
+#define NAME_LEN 128 /* "cri-containerd-", a 64-digit id and ".scope" are 85 */
 #define FRAMES 16
 
 enum scope { SCOPE_UNKNOWN, SCOPE_GLOBAL, SCOPE_MEMCG, SCOPES };
@@ -37,6 +37,7 @@ struct victim {
 	u64 killer_comm[2];
 	u32 thread; /* of the task that mark_victim names */
 	s32 oom_score_adj;
+	u64 deeper;  /* whether there are levels above the path */
 	struct level path[LEVELS]; /* names of the victim's cgroup and those above it, innermost first */
 };
 
@@ -47,6 +48,7 @@ struct kills_key {
 
 struct kills {
 	u64 count;
+	u64 deeper;
 	struct level path[LEVELS]; /* kept, because the cgroup may be gone when the count is read */
 #ifdef EXEMPLAR_INTERVAL_NS
 	struct exemplar count_exemplar;
@@ -90,6 +92,7 @@ static __always_inline void read_cgroup(struct victim *victim, struct task_struc
 			bpf_probe_read_kernel_str(victim->path[i].name, NAME_LEN, READ(node, name));
 		node = parent;
 	}
+	victim->deeper = node && parent_of(node);
 }
 
 /*
@@ -179,8 +182,10 @@ static __always_inline void count(struct victim *victim)
 		if (zero)
 			kills.insert(&key, zero);
 		into = kills.lookup(&key);
-		if (into)
+		if (into) {
+			into->deeper = victim->deeper;
 			bpf_probe_read_kernel(into->path, sizeof(into->path), victim->path);
+		}
 	}
 	if (!into) {
 		other = kills_other.lookup(&scope);

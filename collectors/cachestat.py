@@ -2,13 +2,14 @@
 """Page cache, in pages: accesses by reads and faults, misses, additions, dirtied pages.
 
 An access is a page that a read asked for (each time, also a part of it), or that a fault on a mapped file touched: a
-touch of a page that is mapped already is nothing to the kernel, and what it maps around a fault was not asked for. A miss
-is an access whose page was not in the cache, nor on its way into it. Buffered writes are no accesses; readahead adds pages
-that nobody asked for, so additions are more than misses. The kernel adds and dirties folios of many pages: one written
-byte may dirty them all, as in `nr_dirtied` of `/proc/vmstat`. tmpfs has nothing behind it and is not counted.
+touch of a page that is mapped already is nothing to the kernel, and what it maps around a fault was not asked for. A
+miss is an access whose page was not in the cache, nor on its way into it. Buffered writes are no accesses; readahead
+adds pages that nobody asked for, so additions are more than misses. The kernel adds and dirties folios of many pages:
+one written byte may dirty them all, as in `nr_dirtied` of `/proc/vmstat`. tmpfs has nothing behind it and is not
+counted.
 
-Asynchronous reads (io_uring) that have to wait count what they ask for again, and of several at a time the misses may be
-too few.
+Asynchronous reads (io_uring) that have to wait count what they ask for again, and of several at a time the misses may
+be too few.
 """
 
 from __future__ import annotations

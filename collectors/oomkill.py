@@ -22,7 +22,6 @@ SCOPES = ("unknown", "global", "memcg")  # enum scope
 MAX_CGROUPS = 1000
 RING_PAGES = 64
 MESSAGE_ID = "b7a3e0c64f1d4a58933e6c1f0d2b9a84"
-_LEVELS = 12
 VMSTAT = "/proc/vmstat"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -32,11 +31,10 @@ KILLS = Metric(
 )  # fmt: skip
 
 
-def cgroup_path(levels: Sequence[Mapping[str, bytes]]) -> str:
-    """struct level path[LEVELS], innermost first: `/a/b`. Beyond twelve levels the outermost are left out."""
+def cgroup_path(levels: Sequence[Mapping[str, bytes]], deeper: int) -> str:
+    """struct level path[LEVELS], innermost first: `/a/b`; `…/a/b` where the outermost had no room."""
     parts = [part for level in levels if (part := text(level["name"]))]
-    prefix = "…" if len(parts) == _LEVELS else ""
-    return prefix + "/" + "/".join(reversed(parts))
+    return ("…" if deeper else "") + "/" + "/".join(reversed(parts))
 
 
 def decode(tables: Tables, context: Context) -> Decoded:
@@ -44,7 +42,7 @@ def decode(tables: Tables, context: Context) -> Decoded:
     for row in tables["kills_other"]:
         kills.add((SCOPES[row.key], OTHER), row.value)
     for row in tables["kills"]:
-        labels = (SCOPES[row.key["scope"]], cgroup_path(row.value["path"]))
+        labels = (SCOPES[row.key["scope"]], cgroup_path(row.value["path"], row.value["deeper"]))
         kills.add(labels, row.value["count"], exemplar(row.value.get("count_exemplar"), 1, context))
     return Decoded([kills.family(context.created)], kills.dropped)
 
@@ -61,7 +59,7 @@ def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -
 
 def event(record: Any, context: Context) -> Event:
     """struct victim. The kernel counts the victim's memory in pages."""
-    path = cgroup_path(record["path"])
+    path = cgroup_path(record["path"], record["deeper"])
     comm, scope = words_text(record["comm"]), SCOPES[record["scope"]]
     anon, file, shmem = (record[f"{kind}_pages"] * _PAGE_BYTES for kind in ("anon", "file", "shmem"))
     why = {"memcg": "a memory cgroup reached its limit", "global": "the machine ran out of memory"}

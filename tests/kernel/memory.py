@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that the kernel kills because its memory cgroup is full, and what it leaves is removed."""
+"""Processes that the kernel kills because their memory cgroup is full, and what they leave is removed."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from daemon import cgroups
 
 LIMIT_BYTES = 48 << 20
-_EAT = "import sys; x = bytearray(int(sys.argv[1]))"
+V1_MEMORY = Path("/sys/fs/cgroup/memory")
+V1_FREEZER = Path("/sys/fs/cgroup/freezer")
+_EAT = "import sys; x = bytearray(int(sys.argv[1])); print(flush=True); sys.stdin.read()"
+_PR_SET_NAME = 15
+_libc = ctypes.CDLL(None)
 
 
 @contextmanager
@@ -32,22 +37,49 @@ def join(*groups: Path) -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
-def oom_kill(name: str, command: tuple[str, ...] = ()) -> int:
-    """Runs a process into the limit of a memory cgroup (v1 or v2), in a v2 cgroup `name`; its pid."""
+@contextmanager
+def limited(name: str) -> Iterator[tuple[Path, ...]]:
+    """The groups to join: a v2 cgroup `name`, and a limit of memory, which is there too or in v1."""
     root = cgroups.mount_point()
     assert root
-    v1 = Path("/sys/fs/cgroup/memory")
-    with folder(root / name) as group, folder((v1 if v1.is_dir() else root) / f"{Path(name).name}-memory") as memory:
-        if v1.is_dir():
+    with ExitStack() as undo:
+        group = undo.enter_context(folder(root / name))
+        if V1_MEMORY.is_dir():
+            memory = undo.enter_context(folder(V1_MEMORY / f"bpfmetricsd-{os.getpid()}-{Path(name).name}"))
             (memory / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
-            groups = (memory, group)
+            yield memory, group
         else:
             (root / "cgroup.subtree_control").write_text("+memory")
             (group / "memory.max").write_text(str(LIMIT_BYTES))
-            groups = (group,)
-        victim = subprocess.Popen(
-            command or (sys.executable, "-c", _EAT, str(4 * LIMIT_BYTES)),
-            preexec_fn=lambda: join(*groups),
-        )
+            yield (group,)
+
+
+@contextmanager
+def process(groups: tuple[Path, ...], *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in these cgroups, with pipes to it and from it; gone afterwards."""
+    child = subprocess.Popen(
+        command, preexec_fn=lambda: join(*groups), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def eater(size: int) -> tuple[str, ...]:
+    """A command that takes so much memory, says so with a line, and waits for the end of its input."""
+    return (sys.executable, "-S", "-c", _EAT, str(size))
+
+
+def named(name: bytes, size: int) -> tuple[str, ...]:
+    """The same under another name, of up to 15 bytes."""
+    rename = f"import ctypes; ctypes.CDLL(None).prctl({_PR_SET_NAME}, {name!r}); "
+    return (sys.executable, "-S", "-c", rename + _EAT, str(size))
+
+
+def oom_kill(name: str, command: tuple[str, ...] = ()) -> int:
+    """Runs a process into the limit of a memory cgroup (v1 or v2), in a v2 cgroup `name`; its pid."""
+    with limited(name) as groups, process(groups, *(command or eater(4 * LIMIT_BYTES))) as victim:
         assert victim.wait(60) == -9
         return victim.pid

@@ -14,8 +14,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_interface
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,6 +44,32 @@ def counters() -> dict[str, int]:
     return found
 
 
+def everywhere() -> dict[str, dict[str, int]]:
+    """The same for every namespace with a name, and for the one of this thread."""
+    found = {"": counters()}
+    for path in sorted(Path("/run/netns").glob("*")):
+        with suppress(OSError), _entered(path):
+            found[path.name] = counters()
+    return found
+
+
+@contextmanager
+def _entered(namespace: Path) -> Iterator[None]:
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        inside = os.open(namespace, os.O_RDONLY)
+        try:
+            _setns(inside)
+            try:
+                yield
+            finally:
+                _setns(before)
+        finally:
+            os.close(inside)
+    finally:
+        os.close(before)
+
+
 def _setns(descriptor: int) -> None:
     if _libc.setns(descriptor, _CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
@@ -62,20 +89,9 @@ class End:
     ipv6: str
     device: str = "veth0"
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self) -> AbstractContextManager[None]:
         """Sockets that are made under it belong to this namespace."""
-        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        namespace = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
-        try:
-            _setns(namespace)
-            try:
-                yield
-            finally:
-                _setns(before)
-        finally:
-            os.close(namespace)
-            os.close(before)
+        return _entered(Path("/run/netns", self.name))
 
     def run(self, *words: str) -> None:
         _run("ip", "netns", "exec", self.name, *words)
@@ -85,6 +101,14 @@ class End:
 
     def address(self, family: str) -> str:
         return self.ipv4 if family == "ipv4" else self.ipv6
+
+    def subnet(self, family: str) -> str:
+        bits = 24 if family == "ipv4" else 64
+        return str(ip_interface(f"{self.address(family)}/{bits}").network)
+
+    def single_packets(self) -> None:
+        """No packet carries several segments."""
+        self.ip("link", "set", self.device, "gso_max_segs", "1")
 
     def counters(self) -> dict[str, int]:
         with self.inside():
@@ -117,10 +141,10 @@ class End:
                 undo.callback(self.run, tool, "-w", "-D", chain, *match)
             yield
 
-    def loss(self, share: float) -> AbstractContextManager[None]:
+    def loss(self, share: float, *match: str) -> AbstractContextManager[None]:
         """This share of the TCP packets that arrive is lost."""
         random = ("-m", "statistic", "--mode", "random", "--probability", str(share))
-        return self.rule("INPUT", "-p", "tcp", *random, "-j", "DROP")
+        return self.rule("INPUT", "-p", "tcp", *match, *random, "-j", "DROP")
 
     def listen(self, family: str, port: int = 0, address: str = "") -> socket.socket:
         with self.inside():
@@ -144,13 +168,16 @@ class End:
 
 @contextmanager
 def wire(lacks: Callable[[str], object]) -> Iterator[tuple[End, End]]:
-    """Two namespaces with a wire between them; both go again."""
+    """Two namespaces with a wire between them, in subnets that no other run of the tests has; both go again."""
     for tool, package in _TOOLS.items():
         if shutil.which(tool) is None:
             lacks(f"{tool} is not installed; apt install {package}")
     tag = f"bpfmetricsd_{os.getpid()}"
-    ends = End(f"{tag}_a", "10.213.7.1", "fd00:213:7::1"), End(f"{tag}_b", "10.213.7.2", "fd00:213:7::2")
-    first, second = ends
+    low, high = os.getpid() & 0xFF, os.getpid() >> 8
+    ends = first, second = (
+        End(f"{tag}_a", f"10.{high & 0xFF}.{low}.1", f"fd00:{high:x}:{low:x}::1"),
+        End(f"{tag}_b", f"10.{high & 0xFF}.{low}.2", f"fd00:{high:x}:{low:x}::2"),
+    )
     with ExitStack() as undo:
         for end in ends:
             _run("ip", "netns", "add", end.name)

@@ -1,24 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OOM kills in a memory cgroup against the kernel's own count in /proc/vmstat."""
+"""OOM kills in memory cgroups against the kernel's own count and its log.
+
+What needs another machine is tested there: the scope `global`, and a group that is killed as a whole
+(memory.oom.group, which only cgroup v2 has).
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from collectors import oomkill
-from tests.kernel.memory import oom_kill
+from daemon import cgroups
+from tests.kernel.memory import (
+    LIMIT_BYTES,
+    V1_FREEZER,
+    V1_MEMORY,
+    eater,
+    folder,
+    limited,
+    named,
+    oom_kill,
+    process,
+)
 
 pytestmark = pytest.mark.kernel
 KILLS = "bpf_oom_kills"
+MARK_VICTIM = "oom/mark_victim"
+Load = Callable[..., Any]
 
 
 def vmstat() -> int:
@@ -27,7 +47,7 @@ def vmstat() -> int:
 
 def logged() -> dict[int, int]:
     """Resident bytes of the victims in the kernel's log, by pid."""
-    text = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(["dmesg"], check=True, capture_output=True, text=True, errors="replace").stdout
     found = {}
     for line in text.splitlines():
         match = re.search(r"Killed process (\d+) .*anon-rss:(\d+)kB, file-rss:(\d+)kB, shmem-rss:(\d+)kB", line)
@@ -37,68 +57,209 @@ def logged() -> dict[int, int]:
     return found
 
 
+def group(name: str) -> str:
+    """A name for a cgroup that nobody else has: the metric covers the whole machine."""
+    return f"bpfmetricsd-{os.getpid()}-{name}"
+
+
+def kills(loaded: Any) -> dict[str, int]:
+    """By cgroup, of this test's own."""
+    found = loaded.series(KILLS)
+    return {path: count for (scope, path), count in found.items() if group("") in path and scope == "memcg"}
+
+
+def pids(loaded: Any) -> list[int]:
+    """Of the events, of this test's own cgroups."""
+    loaded.engine.drain()
+    return [event.fields["pid"] for event in loaded.events if group("") in event.fields["cgroup"]]
+
+
 @pytest.mark.parametrize("forbid", ["", "tp_btf"])
-def test_kills_equal_the_kernels_count_by_the_victims_cgroup(load: Callable[..., Any], forbid: str) -> None:
+def test_kills_equal_the_kernels_count_by_the_victims_cgroup(load: Load, forbid: str) -> None:
+    """The groups are gone when the counts are read."""
     loaded = load("oomkill", forbid=forbid)
     assert loaded.series(KILLS) == {(scope, "other"): 0 for scope in oomkill.SCOPES}
     before = vmstat()
     for _ in range(3):
-        oom_kill("bpfmetricsd-a.service")
-    oom_kill("bpfmetricsd-b.slice")
-    kills = loaded.series(KILLS)
-    assert kills["memcg", "/bpfmetricsd-a.service"] == 3
-    assert kills["memcg", "/bpfmetricsd-b.slice"] == 1
-    assert sum(kills.values()) == vmstat() - before == 4
+        oom_kill(group("a.service"))
+    oom_kill(group("b.slice"))
+    assert kills(loaded) == {f"/{group('a.service')}": 3, f"/{group('b.slice')}": 1}
+    assert sum(loaded.series(KILLS).values()) == vmstat() - before
+    assert not any(loaded.losses().values())
 
 
-def test_event_has_every_fact_and_its_own_time(load: Callable[..., Any]) -> None:
+def test_count_equals_that_of_the_memory_cgroup(load: Load) -> None:
+    """Several processes of one group; each kill is in `oom_control` (v1) or `memory.events` (v2) of it."""
     loaded = load("oomkill")
-    earliest = time.time()
-    pid = oom_kill("bpfmetricsd-c.service")
-    latest = time.time()
+    with limited(group("many.scope")) as groups:
+        for _ in range(3):
+            with process(groups, *eater(4 * LIMIT_BYTES)) as victim:
+                assert victim.wait(60) == -signal.SIGKILL
+        truth = groups[0] / ("memory.oom_control" if V1_MEMORY.is_dir() else "memory.events")
+        counted = dict(line.split() for line in truth.read_text().splitlines())["oom_kill"]
+    assert kills(loaded)[f"/{group('many.scope')}"] == int(counted) == 3
+
+
+def test_event_has_every_fact(load: Load) -> None:
+    loaded = load("oomkill")
+    name = group("c.service")
+    pid = oom_kill(name)
     loaded.engine.drain()
     (event,) = [event for event in loaded.events if event.fields["pid"] == pid]
-    assert earliest - 0.1 <= event.timestamp <= latest + 0.1
     assert event.message_id == oomkill.MESSAGE_ID
     facts = event.fields
-    assert (facts["cgroup"], facts["unit"]) == ("/bpfmetricsd-c.service", "bpfmetricsd-c.service")
-    assert facts["scope"] == "memcg"
+    assert (facts["cgroup"], facts["unit"], facts["scope"]) == (f"/{name}", name, "memcg")
     assert facts["comm"].startswith("python")
+    assert (facts["killer_pid"], facts["killer_comm"]) == (pid, facts["comm"]), "its own allocation led to it"
     assert facts["rss_bytes"] == pytest.approx(logged()[pid], rel=0.01)
     assert facts["rss_bytes"] == facts["anon_bytes"] + facts["file_bytes"] + facts["shmem_bytes"]
+    assert LIMIT_BYTES / 2 < facts["anon_bytes"] < LIMIT_BYTES * 2
 
 
-def test_exemplar_names_the_victim(load: Callable[..., Any]) -> None:
+def test_events_wait_for_a_reader_and_keep_their_times(load: Load) -> None:
+    """Nothing has opened the ring buffer while these happen."""
     loaded = load("oomkill")
-    pid = oom_kill("bpfmetricsd-d.service")
-    (series,) = [one for one in loaded.read()[KILLS].series if one.labels == ("memcg", "/bpfmetricsd-d.service")]
+    assert not loaded.events
+    times = {}
+    for name in ("one", "two"):
+        began = time.time()
+        times[oom_kill(group(name))] = (began, time.time())
+        time.sleep(0.5)
+    assert pids(loaded) == list(times)
+    found = {event.fields["pid"]: event.timestamp for event in loaded.events}
+    for pid, (began, ended) in times.items():
+        assert began - 0.1 <= found[pid] <= ended + 0.1
+    assert pids(loaded) == list(times), "each once"
+
+
+def test_exemplar_names_the_victim(load: Load) -> None:
+    loaded = load("oomkill")
+    pid = oom_kill(group("d.service"))
+    (series,) = [one for one in loaded.read()[KILLS].series if one.labels == ("memcg", f"/{group('d.service')}")]
     assert series.exemplar
-    assert dict(series.exemplar.labels)["pid"] == str(pid)
+    assert series.exemplar.value == 1
+    labels = dict(series.exemplar.labels)
+    assert labels["pid"] == str(pid)
+    assert labels["comm"].startswith("python")
 
 
-def test_a_deep_path_loses_its_outermost_parts(load: Callable[..., Any]) -> None:
-    from daemon import cgroups
+@pytest.mark.parametrize("name", [b"a\n\"'<script>\\", b"\xc3\xa4 \xff", b" ", b"fifteen letters"])
+def test_odd_names(load: Load, name: bytes) -> None:
+    loaded = load("oomkill")
+    path = group('we"ird \\ nä{me}.service')
+    pid = oom_kill(path, named(name, 4 * LIMIT_BYTES))
+    loaded.engine.drain()
+    facts = next(event.fields for event in loaded.events if event.fields["pid"] == pid)
+    assert facts["comm"] == name.decode(errors="replace")
+    assert facts["unit"] == path
+    (series,) = [one for one in loaded.read()[KILLS].series if one.labels == ("memcg", f"/{path}")]
+    assert ("comm", name.decode(errors="replace")) in series.exemplar.labels
 
+
+def test_the_name_of_a_container(load: Load) -> None:
+    """The longest that a container runtime gives."""
+    loaded = load("oomkill")
+    path = f"crio-conmon-{os.getpid():064}.scope"
+    oom_kill(path)
+    assert loaded.series(KILLS)["memcg", f"/{path}"] == 1
+
+
+@pytest.mark.parametrize(("levels", "shown"), [(12, 12), (13, 12), (15, 12)])
+def test_a_deep_path_loses_its_outermost_parts(load: Load, levels: int, shown: int) -> None:
     root = cgroups.mount_point()
     assert root
-    parts = [f"d{number}" for number in range(14)]
-    made = [root.joinpath(*parts[: depth + 1]) for depth in range(len(parts))]
+    parts = [group("outermost"), *(f"level-{number}" for number in range(2, levels)), group("leaf")]
     loaded = load("oomkill")
+    with ExitStack() as undo:
+        for depth in range(1, levels):
+            undo.enter_context(folder(root.joinpath(*parts[:depth])))
+        oom_kill("/".join(parts))
+    (path,) = [path for _, path in loaded.series(KILLS) if path.endswith(parts[-1])]
+    assert path == ("…" if levels > shown else "") + "/" + "/".join(parts[-shown:])
+
+
+THREADS = """
+import ctypes, sys, threading, time
+def eat():
+    time.sleep(0.2)
+    print(threading.get_native_id(), flush=True)
+    bytearray(int(sys.argv[1]))
+for _ in range(3):
+    threading.Thread(target=eat).start()
+"""
+LEADER_ENDS = "ctypes.CDLL(None).syscall(60, 0)  # exit(2), of this thread alone"
+
+
+@pytest.mark.parametrize("then", ["time.sleep(60)", LEADER_ENDS], ids=["all alive", "leader gone"])
+def test_a_process_of_many_threads_is_one_kill_by_its_own_id(load: Load, then: str) -> None:
+    loaded = load("oomkill")
+    pid = oom_kill(group("threads"), (sys.executable, "-S", "-c", THREADS + then, str(4 * LIMIT_BYTES)))
+    assert pids(loaded) == [pid]
+    assert list(kills(loaded).values()) == [1]
+
+
+@contextmanager
+def marked_victims() -> Iterator[Callable[[], int]]:
+    """Gives a function that says how often the tracepoint has fired."""
+    instance = Path(f"/sys/kernel/tracing/instances/bpfmetricsd_test_{os.getpid()}")
+    instance.mkdir()
     try:
-        for folder in made:
-            folder.mkdir()
-        oom_kill("/".join([*parts, "leaf"]))
+        (instance / "events" / MARK_VICTIM / "enable").write_text("1")
+        yield lambda: sum(not line.startswith("#") for line in (instance / "trace").read_text().splitlines())
+        (instance / "events" / MARK_VICTIM / "enable").write_text("0")
     finally:
-        for folder in reversed(made):
-            folder.rmdir()
-    (path,) = [labels[1] for labels, count in loaded.series(KILLS).items() if count]
-    assert path == "…/" + "/".join([*parts[-11:], "leaf"])
+        instance.rmdir()
 
 
-def test_sigkill_from_a_process_is_no_oom_kill(load: Callable[..., Any]) -> None:
+def test_a_task_that_is_exiting_already_is_not_killed_again(load: Load, lacks: Callable[[str], NoReturn]) -> None:
+    """One process is killed by a user and can not end, because it is frozen. Then its group runs out of memory: the
+    kernel marks it, so that it thaws and ends, but that is no kill.
+    """
+    if not V1_FREEZER.is_dir() or not V1_MEMORY.is_dir():
+        lacks(f"{V1_FREEZER} or {V1_MEMORY} is not mounted (the freezer of cgroup v2 lets a killed task end)")
     loaded = load("oomkill")
-    for _ in range(20):
-        victim = subprocess.Popen(["sleep", "60"])
-        os.kill(victim.pid, signal.SIGKILL)
-        victim.wait()
-    assert sum(loaded.series(KILLS).values()) == 0
+    before = vmstat()
+    half = LIMIT_BYTES // 2
+    with ExitStack() as undo:
+        groups = undo.enter_context(limited(group("exiting")))
+        freezer = undo.enter_context(folder(V1_FREEZER / group("frozen")))
+        marks = undo.enter_context(marked_victims())
+        exiting = undo.enter_context(process((*groups, freezer), *eater(half)))
+        undo.callback((freezer / "freezer.state").write_text, "THAWED")
+        assert exiting.stdout
+        assert exiting.stdout.readline() == b"\n"
+        Path(f"/proc/{exiting.pid}/oom_score_adj").write_text("500")
+        (freezer / "freezer.state").write_text("FROZEN")
+        exiting.kill()
+        time.sleep(0.1)
+        assert exiting.poll() is None
+        other = undo.enter_context(process(groups, *eater(half + half // 2)))
+        assert other.stdout
+        assert other.stdout.readline() == b"\n", "it got the memory that it wanted"
+        assert exiting.wait(10) == -signal.SIGKILL
+        assert marks() == 1
+    assert not pids(loaded)
+    assert not kills(loaded)
+    assert sum(loaded.series(KILLS).values()) == vmstat() - before
+
+
+def test_kills_that_are_not_for_memory(load: Load) -> None:
+    """By kill(2), by cgroup.kill, and by the kernel itself for another reason."""
+    loaded = load("oomkill")
+    before = vmstat()
+    root = cgroups.mount_point()
+    assert root
+    with folder(root / group("killed")) as killed:
+        for _ in range(20):
+            with process((killed,), "sleep", "60") as victim:
+                victim.kill()
+                assert victim.wait() == -signal.SIGKILL
+        with process((killed,), "sleep", "60") as victim:
+            (killed / "cgroup.kill").write_text("1")
+            assert victim.wait() == -signal.SIGKILL
+        with process((killed,), sys.executable, "-S", "-c", "while True: pass") as victim:
+            resource.prlimit(victim.pid, resource.RLIMIT_CPU, (1, 1))
+            assert victim.wait() == -signal.SIGKILL
+    assert not pids(loaded)
+    assert not kills(loaded)
+    assert sum(loaded.series(KILLS).values()) == vmstat() - before
