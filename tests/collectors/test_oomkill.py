@@ -4,7 +4,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from collectors.oomkill import MESSAGE_ID, cgroup_path, decode, event
+import pytest
+
+from collectors.oomkill import COLLECTOR, MESSAGE_ID, VMSTAT, cgroup_path, decode, event
 from daemon.declare import Context, Row
 
 CONTEXT = Context(
@@ -25,13 +27,22 @@ def levels(*names: str) -> list[dict[str, bytes]]:
 
 
 def kills(count: int, *path: str) -> dict[str, Any]:
-    return {"count": count, "path": levels(*path), "count_exemplar": None}
+    return {"count": count, "deeper": 0, "path": levels(*path), "count_exemplar": None}
 
 
 def test_path_is_built_from_the_root() -> None:
-    assert cgroup_path(levels("system.slice", "db.service")) == "/system.slice/db.service"
-    assert cgroup_path(levels()) == "/"
-    assert cgroup_path(levels(*[f"l{i}" for i in range(12)])).startswith("…/l0/")
+    assert cgroup_path(levels("system.slice", "db.service"), deeper=0) == "/system.slice/db.service"
+    assert cgroup_path(levels(), deeper=0) == "/"
+
+
+def test_path_of_twelve_levels_is_whole_unless_there_are_more() -> None:
+    twelve = [f"l{i}" for i in range(12)]
+    assert cgroup_path(levels(*twelve), deeper=0) == "/" + "/".join(twelve)
+    assert cgroup_path(levels(*twelve), deeper=1) == "…/" + "/".join(twelve)
+
+
+def test_name_that_is_not_utf8_is_shown_all_the_same() -> None:
+    assert cgroup_path([{"name": b"a\xff\0"}], deeper=0) == "/a\ufffd"
 
 
 def test_every_scope_is_there_at_zero() -> None:
@@ -57,7 +68,7 @@ def test_event_is_a_sentence_and_its_facts() -> None:
     record = {
         "time_ns": 3_000_000_000, "pid": 42, "comm": words(b"db"), "cgroup": 7, "anon_pages": 512, "file_pages": 256,
         "shmem_pages": 0, "scope": 2, "killer_pid": 41, "killer_comm": words(b"loader"), "thread": 43,
-        "oom_score_adj": -5, "path": levels("system.slice", "db.service"),
+        "oom_score_adj": -5, "deeper": 0, "path": levels("system.slice", "db.service"),
     }  # fmt: skip
     found = event(record, CONTEXT)
     assert (found.message_id, found.priority, found.timestamp) == (MESSAGE_ID, 3, 3.0)
@@ -68,3 +79,42 @@ def test_event_is_a_sentence_and_its_facts() -> None:
     assert found.fields["unit"] == "db.service"
     assert found.fields["rss_bytes"] == 768 * PAGE
     assert found.fields["killer_comm"] == "loader"
+
+
+def test_exemplar_is_the_newest_of_a_label_set() -> None:
+    def killed(pid: int, time_ns: int) -> dict[str, Any]:
+        raw = {"pid": pid, "comm": words(b'a\n"b'), "cgroup": 0, "words": [0], "value": 1, "time_ns": time_ns}
+        return kills(1, "a") | {"count_exemplar": raw}
+
+    rows = [Row({"cgroup": number, "scope": 2}, killed(number, time)) for number, time in ((7, 2 * 10**9), (9, 10**9))]
+    (family,) = decode({"kills": rows, "kills_other": OTHERS}, CONTEXT).families
+    (series,) = [series for series in family.series if series.labels == ("memcg", "/a")]
+    assert series.value == 2
+    assert series.exemplar
+    assert (series.exemplar.labels, series.exemplar.timestamp) == ((("pid", "7"), ("comm", 'a\n"b')), 2.0)
+
+
+@pytest.mark.parametrize(("scope", "why"), [(0, "memory ran out"), (1, "the machine ran out of memory")])
+def test_event_says_what_is_known_of_the_cause(scope: int, why: str) -> None:
+    record = {
+        "time_ns": 0, "pid": 1, "comm": words(b"x"), "cgroup": 1, "anon_pages": 0, "file_pages": 0, "shmem_pages": 0,
+        "scope": scope, "killer_pid": 1, "killer_comm": words(b"x"), "thread": 1, "oom_score_adj": 0, "deeper": 1,
+        "path": levels("a"),
+    }  # fmt: skip
+    found = event(record, CONTEXT)
+    assert found.message.endswith(f"in cgroup …/a with 0 MiB resident was killed because {why}")
+    assert found.fields["unit"] == ""
+
+
+def test_kernels_own_count() -> None:
+    tables = {"kills": [Row({"cgroup": 7, "scope": 2}, kills(2, "a"))], "kills_other": [Row(0, 0), Row(1, 3)]}
+    assert COLLECTOR.truth
+    vmstat = "nr_free_pages 5\noom_kill {}\noom_kill_else 9\n"
+    began, now = {VMSTAT: vmstat.format(10)}, {VMSTAT: vmstat.format(16)}
+    assert COLLECTOR.truth.counted(began, now, tables) == (5, 6)
+    assert COLLECTOR.truth.counted({VMSTAT: ""}, {VMSTAT: ""}, tables) == (5, 0), "a kernel that does not tell"
+
+
+def test_ring_buffer_is_compiled_in_only_when_events_are_wanted() -> None:
+    assert COLLECTOR.defines({"events": True}) == {"MAX_CGROUPS": 1000, "EVENTS_ON": 1, "RING_PAGES": 64}
+    assert COLLECTOR.defines({"events": False}) == {"MAX_CGROUPS": 1000}

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import contextlib
 import http.client
+import os
 import shutil
 import socket
 import ssl
@@ -223,10 +224,11 @@ def test_unsupported(folder: Path, text: str, expected: Sequence[str]) -> None:
     ids=[*GOOD, *(f"bad {name}" for name in BAD)],
 )
 def test_promtool_agrees(folder: Path, text: str, good: bool) -> None:
-    if not shutil.which("promtool"):
+    promtool = shutil.which("promtool", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not promtool:
         pytest.skip("needs promtool; install prometheus")
     result = subprocess.run(
-        ["promtool", "check", "web-config", written(folder, text)], capture_output=True, text=True, check=False
+        [promtool, "check", "web-config", written(folder, text)], capture_output=True, text=True, check=False
     )
     assert (result.returncode == 0) == good, result.stdout + result.stderr
 

@@ -19,6 +19,7 @@ from daemon.engine import Engine
 from daemon.errors import UnsupportedError
 
 pytestmark = pytest.mark.kernel
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def configuration(folders: tuple[Path, Path], text: str) -> Config:
@@ -70,9 +71,14 @@ def test_second_load_does_nothing_and_never_imports_bcc(folders: tuple[Path, Pat
     config = configuration(folders, "{oomkill: {}}")
     load(config)
     before = link_ids(config, "oomkill")
-    assert load(config) == ({"oomkill": "kept"}, [])
+    file = config.state.parent / "config.yaml"
+    file.write_text(f"bpffs: {config.bpffs}\nstate: {config.state}\ncollectors: {{oomkill: {{}}}}\n")
+    code = "import sys; from daemon import cli; cli.main(); print('bcc' in sys.modules)"
+    again = [sys.executable, "-c", code, "load", "--config", str(file), "--user", "root"]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].split()[:2] == ["oomkill", "kept"]
+    assert done.stdout.splitlines()[-1] == "False"
     assert link_ids(config, "oomkill") == before
-    assert "bcc" not in sys.modules
 
 
 def test_other_program_same_layout_keeps_maps_and_counts(folders: tuple[Path, Path]) -> None:

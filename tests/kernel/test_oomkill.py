@@ -37,7 +37,7 @@ from tests.kernel.memory import (
 
 pytestmark = pytest.mark.kernel
 KILLS = "bpf_oom_kills"
-MARK_VICTIM = "oom/mark_victim"
+TRACING = Path("/sys/kernel/tracing")
 Load = Callable[..., Any]
 
 
@@ -199,15 +199,15 @@ def test_a_process_of_many_threads_is_one_kill_by_its_own_id(load: Load, then: s
 
 
 @contextmanager
-def marked_victims() -> Iterator[Callable[[], int]]:
-    """Gives a function that says how often the tracepoint has fired."""
-    instance = Path(f"/sys/kernel/tracing/instances/bpfmetricsd_test_{os.getpid()}")
+def marked_victims() -> Iterator[Callable[[int], int]]:
+    """Gives a function that says how often the tracepoint has fired for a process."""
+    instance = TRACING / "instances" / f"bpfmetricsd_test_{os.getpid()}"
     instance.mkdir()
     try:
-        (instance / "events" / MARK_VICTIM / "enable").write_text("1")
-        yield lambda: sum(not line.startswith("#") for line in (instance / "trace").read_text().splitlines())
-        (instance / "events" / MARK_VICTIM / "enable").write_text("0")
+        (instance / "events/oom/mark_victim/enable").write_text("1")
+        yield lambda pid: (instance / "trace").read_text().count(f"mark_victim: pid={pid} ")
     finally:
+        (instance / "events/oom/mark_victim/enable").write_text("0")
         instance.rmdir()
 
 
@@ -217,6 +217,8 @@ def test_a_task_that_is_exiting_already_is_not_killed_again(load: Load, lacks: C
     """
     if not V1_FREEZER.is_dir() or not V1_MEMORY.is_dir():
         lacks(f"{V1_FREEZER} or {V1_MEMORY} is not mounted (the freezer of cgroup v2 lets a killed task end)")
+    if not TRACING.is_dir():
+        lacks(f"{TRACING} is not mounted; mount -t tracefs tracefs {TRACING}")
     loaded = load("oomkill")
     before = vmstat()
     half = LIMIT_BYTES // 2
@@ -237,7 +239,7 @@ def test_a_task_that_is_exiting_already_is_not_killed_again(load: Load, lacks: C
         assert other.stdout
         assert other.stdout.readline() == b"\n", "it got the memory that it wanted"
         assert exiting.wait(10) == -signal.SIGKILL
-        assert marks() == 1
+        assert marks(exiting.pid) == 1
     assert not pids(loaded)
     assert not kills(loaded)
     assert sum(loaded.series(KILLS).values()) == vmstat() - before
