@@ -154,10 +154,12 @@ static __always_inline void added(struct reading *reading, struct task_struct *t
 {
 	u64 reason = reason_of(task), place;
 
-	if (reading->added_mapping != (u64)mapping || reading->added_reason != reason || index < reading->added_first) {
-		/* To read a file, its file system may have to read blocks of its own. */
-		if (reading->added_mapping && reading->added_reason == reason && is_block_device(mapping))
-			return;
+	bool other = reading->added_mapping != (u64)mapping;
+
+	/* To read a file, its file system may have to read blocks of its own in between. */
+	if (other && reading->added_mapping && reading->added_reason == reason && is_block_device(mapping))
+		return;
+	if (other || reading->added_reason != reason || index < reading->added_first) {
 		reading->added_mapping = (u64)mapping;
 		reading->added_reason = reason;
 		reading->added_first = index & ~63ULL;
@@ -331,10 +333,10 @@ static __always_inline u64 start_of(struct task_struct *task, struct reading *re
 			return index < reading->end ? index : reading->end;
 		descriptor = READ(registers, si);
 		position = READ(registers, dx);
-		if (position)
-			bpf_probe_read_user(&position, sizeof(position), (void *)position);
-		else
+		if (!position)
 			position = -1;
+		else if (bpf_probe_read_user(&position, sizeof(position), (void *)position))
+			return index;
 	} else if (number == CALL_read || number == CALL_readv) {
 		position = -1;
 	} else if (number != CALL_pread64 && number != CALL_preadv && number != CALL_preadv2) {
@@ -345,7 +347,7 @@ static __always_inline u64 start_of(struct task_struct *task, struct reading *re
 	bpf_probe_read_kernel(&file, sizeof(file), (void *)((u64)FAR(table, fd) + descriptor * sizeof(file)));
 	if (same_call || (u64)FAR(file, f_mapping) != mapping)
 		return index;
-	if (position == -1)
+	if (position == -1) /* the file's own */
 		position = FAR(file, f_pos);
 	position >>= PAGE_SHIFT;
 	return position < index ? position : index;

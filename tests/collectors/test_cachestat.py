@@ -21,3 +21,27 @@ def test_each_counter_is_a_metric_of_its_own() -> None:
 
 def test_unit_is_said_in_every_help() -> None:
     assert all("pages" in metric.help for metric in COLLECTOR.metrics({}))
+
+
+def test_tracepoints_come_before_functions_and_probe_reads_last() -> None:
+    """Each kind that loads directly before each that does not; what reads see more before what sees less."""
+    (accesses, *_) = COLLECTOR.parts
+    kinds = [sorted({hook.kind for hook in variant.programs.values()}) for variant in accesses.variants]
+    assert kinds == [
+        ["tp_btf"], *3 * [["fentry", "fexit"]], ["raw_tp"], *2 * [["kprobe", "kretprobe"]],
+    ]  # fmt: skip
+    assert "filemap_splice_read" in accesses.variants[1].programs
+
+
+def test_every_variant_of_reads_by_a_function_says_so_to_the_program() -> None:
+    for variant in COLLECTOR.parts[0].variants:
+        tracepoints = "mm_filemap_get_pages" in variant.programs
+        assert variant.define == ("" if tracepoints else "READ_FUNCTION")
+
+
+def test_counters_are_fixed() -> None:
+    assert [metric.name for metric in COLLECTOR.metrics({})] == [
+        "bpf_page_cache_accesses", "bpf_page_cache_misses", "bpf_page_cache_added", "bpf_page_cache_dirtied",
+    ]  # fmt: skip
+    assert COLLECTOR.options == ()
+    assert COLLECTOR.defines({}) == {}

@@ -6,9 +6,7 @@ from __future__ import annotations
 import ctypes as ct
 import re
 import struct
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -202,22 +200,6 @@ def test_header_names_what_is_missing(made: Btf) -> None:
     assert header.missing == {"outer.gone", "nothing.y", "state.LOST"}
     assert re.findall(r"#define (\w+)", header.text) == ["HAVE_outer_flag", "IDLE"]
     assert "nobody" not in header.text
-
-
-def test_header_compiles(made: Btf, tmp_path: Path, lacks: Callable[[str], NoReturn]) -> None:
-    """The struct's size and every offset, by a C compiler."""
-    wishes = {"outer": ("flag", "comm", "low", "as_number", "inner", "pairs", "far"), "inner": ("first", "second")}
-    source = tmp_path / "header.c"
-    types = "".join(f"typedef {'un' * (name[0] == 'u')}signed {of} {name};\n" for name, of in
-                    (("u8", "char"), ("u32", "int"), ("u64", "long"), ("s64", "long")))  # fmt: skip
-    check = '_Static_assert(sizeof(struct outer) == 120 && sizeof(struct inner) == 16, "size");'
-    source.write_text(f"{types}{made.header(wishes, ()).text}{check}\n")
-    try:
-        subprocess.run(["cc", "-fsyntax-only", "-Wall", "-Werror", source], check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        lacks("cc is not installed; apt install gcc")
-    except subprocess.CalledProcessError as error:
-        pytest.fail(error.stderr)
 
 
 def test_kernel_without_btf_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,10 +141,15 @@ class End:
                 undo.callback(self.run, tool, "-w", "-D", chain, *match)
             yield
 
-    def loss(self, share: float, *match: str) -> AbstractContextManager[None]:
+    def random_loss(self, share: float) -> AbstractContextManager[None]:
         """This share of the TCP packets that arrive is lost."""
         random = ("-m", "statistic", "--mode", "random", "--probability", str(share))
-        return self.rule("INPUT", "-p", "tcp", *match, *random, "-j", "DROP")
+        return self.rule("INPUT", "-p", "tcp", *random, "-j", "DROP")
+
+    def loss_of_every_second(self) -> AbstractContextManager[None]:
+        """Of the packets that carry data. By turns, since a row of losses would make the sender's timers very slow."""
+        data = ("-p", "tcp", "-m", "length", "--length", "100:65535")
+        return self.rule("INPUT", *data, "-m", "statistic", "--mode", "nth", "--every", "2", "-j", "DROP")
 
     def listen(self, family: str, port: int = 0, address: str = "") -> socket.socket:
         with self.inside():

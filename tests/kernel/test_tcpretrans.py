@@ -12,7 +12,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,14 +128,14 @@ class Lab:
         found.check()
         return found
 
-    def bulk(self, family: str, size: int, share: float, *match: str) -> None:
+    def bulk(self, family: str, size: int, loss: Callable[[End], AbstractContextManager[None]]) -> None:
         """Losses in the middle of transfers both ways; handshakes and ends are spared, for their timers are slow."""
         near, far = self.ends
         with ExitStack() as undo:
             ways = [net.connect(*way, family) for way in ((near, far), (far, near))]
             for each in (one for way in ways for one in way):
                 undo.enter_context(each)
-            with near.loss(share, *match), far.loss(share, *match):
+            with loss(near), loss(far):
                 sending = [net.send(source, size) for source, _ in ways]
                 for _, sink in ways:
                     net.receive(sink, size)
@@ -165,7 +165,7 @@ def test_every_segment_that_the_kernel_repeats(load: Any, wire: Wire, by: str, f
 
     def traffic() -> None:
         for family in FAMILIES:
-            lab.bulk(family, 2 << 20, 0.1)
+            lab.bulk(family, 2 << 20, lambda end: end.random_loss(0.1))
 
     found = lab.measure(traffic)
     assert found.by(0).keys() == set(FAMILIES)
@@ -178,7 +178,7 @@ def test_half_of_all_data_is_lost(load: Any, wire: Wire, forbid: str) -> None:
 
     def traffic() -> None:
         for family in FAMILIES:
-            lab.bulk(family, 100_000, 0.5, "-m", "length", "--length", "100:65535")
+            lab.bulk(family, 100_000, End.loss_of_every_second)
 
     found = lab.measure(traffic)
     assert found.by(0).keys() == set(FAMILIES)
@@ -364,7 +364,7 @@ def test_ipv4_through_an_ipv6_socket_is_ipv4(lab: Lab) -> None:
             with near.rule(*first(1, 60, *SYNACK), family="ipv4"):
                 source.connect((f"::ffff:{far.ipv4}", PORT))
             sink, _ = listener.accept()
-            with sink, near.loss(0.1), far.loss(0.1):
+            with sink, near.random_loss(0.1), far.random_loss(0.1):
                 net.move(source, sink, 500_000)
                 net.move(sink, source, 500_000)
 
@@ -385,7 +385,7 @@ def test_exemplars_by_local_port(load: Any, wire: Wire, family: str) -> None:
         with client.rule(*first(1, handshake_size(family), *SYNACK), family=family):
             near.connect(listener.getsockname()[:2])
         far, _ = listener.accept()
-        with far, client.loss(0.1):
+        with far, client.random_loss(0.1):
             net.move(far, near, 500_000)
         peer = str(near.getsockname()[1])
     addresses = {"laddr": server.address(family), "lport": str(PORT), "raddr": client.address(family), "rport": peer}
@@ -400,6 +400,7 @@ def test_exemplars_by_local_port(load: Any, wire: Wire, family: str) -> None:
 def test_one_event_for_each_retransmission(load: Any, wire: Wire) -> None:
     lab, (near, far) = Lab(load("tcpretrans", events="true", by="remote_subnet"), wire), wire
     names: set[tuple[str, ...]] = set()
+    near.single_packets()
 
     def traffic() -> None:
         lab.loaded.engine.drain()
@@ -409,7 +410,7 @@ def test_one_event_for_each_retransmission(load: Any, wire: Wire) -> None:
             source, sink = net.connect(near, far, family)
             ends = [(each.getsockname()[0], str(each.getsockname()[1])) for each in (source, sink)]
             names.update({ends[0] + ends[1], ends[1] + ends[0]})
-            with source, sink, far.loss(0.1):
+            with source, sink, far.random_loss(0.1):
                 net.move(source, sink, 1 << 20)
 
     found = lab.measure(traffic)
