@@ -7,8 +7,9 @@
  * mm_filemap_get_pages fires after the additions of its round, and again for each round of one read with the same end;
  * the request is counted at its first round, clamped to the file's size.
  *
- * A fault on a mapped file is one access, of the page that was touched. The kernel also maps cached pages around it; nobody
- * asked for those (mm_filemap_map_pages names the whole window, mapped or not, again and again while holes are in it).
+ * A fault on a mapped file is one access, of the page that was touched. The kernel also maps cached pages around it;
+ * nobody asked for those (mm_filemap_map_pages names the whole window, mapped or not, again and again while holes are
+ * in it).
  */
 #include "program.h"
 
@@ -182,7 +183,7 @@ static __always_inline void added(struct reading *reading, struct task_struct *t
 	}
 }
 
-/* The first event of a fault counts, be it the fault itself or the mapping around it; a fault is tried several times. */
+/* The first event of a fault counts, the fault itself or the mapping around it: a fault is tried several times. */
 static __always_inline void fault(u64 mapping, u64 index)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
@@ -249,7 +250,7 @@ PROGRAM(filemap_read)
 	return result > 0 ? read_ended(READ(iocb, ki_filp), READ(iocb, ki_pos), result - (s64)ctx[2]) : 0;
 }
 
-/* ssize_t filemap_splice_read(struct file *in, loff_t *ppos, struct pipe_inode_info *pipe, size_t len, unsigned int flags) */
+/* ssize_t filemap_splice_read(struct file *in, loff_t *ppos, struct pipe_inode_info *pipe, size_t len, unsigned flags) */
 PROGRAM(filemap_splice_read)
 {
 	s64 end = 0;
@@ -310,8 +311,9 @@ enum { CALL_read = 0, CALL_pread64 = 17, CALL_readv = 19, CALL_sendfile = 40, CA
 	})
 
 /*
- * A round that finds cached pages and then has to wait for a page on its way gives those before it without an event ("err:" in
- * filemap_get_pages). So where there was a wait, or readahead is under way, a request may have begun before its first event.
+ * A round that finds cached pages and then has to wait for a page on its way gives those before it without an event
+ * ("err:" in filemap_get_pages). So where there was a wait, or readahead is under way, a request may have begun before
+ * its first event.
  */
 static __always_inline bool may_be_late(struct reading *reading, u64 mapping, u64 index, u64 switches)
 {
@@ -454,7 +456,7 @@ PROGRAM(mm_filemap_add_to_page_cache)
 		return 0;
 	if (reading->fault != faults_of(task) + 1)
 		added(reading, task, mapping, index, count);
-	else if (reading->fault_mapping == (u64)mapping && overlap(index, index + count, reading->fault_index, reading->fault_index + 1))
+	else if (reading->fault_mapping == (u64)mapping && reading->fault_index - index < count)
 		add(MISSES, 1);
 	return 0;
 }

@@ -172,19 +172,6 @@ def test_every_segment_that_the_kernel_repeats(load: Any, wire: Wire, by: str, f
     assert found.by(1)["established"] > 20
 
 
-@pytest.mark.parametrize("forbid", ["", "tp_btf"])
-def test_half_of_all_data_is_lost(load: Any, wire: Wire, forbid: str) -> None:
-    lab = Lab(load("tcpretrans", forbid=forbid), wire, own=False)
-
-    def traffic() -> None:
-        for family in FAMILIES:
-            lab.bulk(family, 100_000, End.loss_of_every_second)
-
-    found = lab.measure(traffic)
-    assert found.by(0).keys() == set(FAMILIES)
-    assert found.by(1)["established"] > 20
-
-
 def test_segments_that_wait_in_the_hosts_own_queue_are_not_repeated(lab: Lab, lacks: Callable[[str], object]) -> None:
     """Their attempts end with EBUSY, which from 6.18 on the tracepoint tells; RetransSegs does not know them."""
     near, far = lab.ends
