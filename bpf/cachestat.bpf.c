@@ -11,6 +11,10 @@
  * nobody asked for those (mm_filemap_map_pages names the whole window, mapped or not, again and again while holes are
  * in it).
  */
+#ifndef HAVE_task_struct_bpf_storage /* before 5.12 tasks have no storage, and no helper gives the task as a type */
+#undef DIRECT_READS
+#define bpf_get_current_task_btf() ((struct task_struct *)bpf_get_current_task())
+#endif
 #include "program.h"
 
 #define PAGE_SHIFT 12
@@ -62,12 +66,22 @@ struct reading {
 	s64 read_before;
 #endif
 };
+#ifdef HAVE_task_struct_bpf_storage
 BPF_TASK_STORAGE(readings, struct reading);
+#else
+BPF_TABLE("lru_hash", u64, struct reading, readings, 16384); /* by thread */
+#endif
 
 static __always_inline struct reading *reading_of(struct task_struct *task)
 {
+#ifdef HAVE_task_struct_bpf_storage
 	struct reading *reading = readings.task_storage_get(task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+#else
+	struct reading zero = {}, *reading;
+	u64 thread = bpf_get_current_pid_tgid();
 
+	reading = readings.lookup_or_try_init(&thread, &zero);
+#endif
 	if (!reading)
 		lose(LOSS_TASK_STATE);
 	return reading;
@@ -120,7 +134,12 @@ static __always_inline u64 ones(u64 bits)
 /* The lowest n bits; n may be negative or more than 64. */
 static __always_inline u64 lowest(s64 n)
 {
-	return n <= 0 ? 0 : n >= 64 ? ~0ULL : (1ULL << n) - 1;
+	u64 bits = (1ULL << (n & 63)) - 1;
+	s64 positive = -n, full = 63 - n; /* by their signs: with branches, the verifier follows every combination of them */
+
+	HIDE(positive);
+	HIDE(full);
+	return (bits | full >> 63) & positive >> 63;
 }
 
 /* A request, or one round of it, covers [first, end): what of it the task added, it missed. */
@@ -132,7 +151,7 @@ static __always_inline void miss(struct reading *reading, struct task_struct *ta
 	if (!reading->added_mapping)
 		return;
 	if (reading->added_mapping == mapping && reading->added_reason == reason_of(task)) {
-#pragma unroll
+#pragma nounroll
 		for (int i = 0; i < WORDS; i++, base += 64)
 			missed += ones(reading->added[i] & lowest(end - base) & ~lowest(first - base));
 		covered = overlap(first, end, base, reading->beyond_end);
@@ -177,7 +196,7 @@ static __always_inline void added(struct reading *reading, struct task_struct *t
 	if (place < PLACES && count < 64) {
 		reading->added[(place / 64) & (WORDS - 1)] |= lowest(count) << (place & 63);
 	} else {
-#pragma unroll
+#pragma nounroll
 		for (int i = 0; i < WORDS; i++)
 			reading->added[i] |= lowest(place + count - i * 64) & ~lowest(place - i * 64);
 	}

@@ -125,10 +125,10 @@ COLLECTOR = Collector(
         "kernfs_node": ("id",),
     },
     constants=(
-        "req_op.REQ_OP_FLUSH",
-        "req_op.REQ_OP_DISCARD",
-        "req_op.REQ_OP_DRV_IN",
-        "req_op.REQ_OP_DRV_OUT",
+        "req_op|req_opf.REQ_OP_FLUSH",
+        "req_op|req_opf.REQ_OP_DISCARD",
+        "req_op|req_opf.REQ_OP_DRV_IN",
+        "req_op|req_opf.REQ_OP_DRV_OUT",
         "rqf_flags.__RQF_IO_STAT?",
     ),
     options=(

@@ -77,7 +77,7 @@ COLLECTOR = Collector(
         _one("writeback_dirty_folio", "writeback_dirty_folio", "writeback_dirty_page"),
     ),
     structs={
-        "task_struct": ("ioac?", "maj_flt", "min_flt", "nvcsw", "files"),
+        "task_struct": ("bpf_storage?", "ioac?", "maj_flt", "min_flt", "nvcsw", "files"),
         "task_io_accounting": ("syscr?", "syscw?"),
         "address_space": ("host",),
         "inode": ("i_size", "i_sb", "i_mode"),

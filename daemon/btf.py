@@ -222,8 +222,9 @@ class Btf:
                     missing.add(f"{struct}.{wish}")
         macros = [f"#define HAVE_{s}_{f} 1" for s, fields in found.items() for f in fields]
         for constant in constants:
-            enum, _, name = constant.rstrip("?").partition(".")
-            value = self.enumerator(enum, name)
+            enums, _, name = constant.rstrip("?").partition(".")
+            values = (self.enumerator(enum, name) for enum in enums.split("|"))
+            value = next((value for value in values if value is not None), None)
             if value is not None:
                 macros.append(f"#define {name} {value}")
             elif not constant.endswith("?"):

@@ -136,7 +136,7 @@ class Collector:
 
     `structs` names the kernel structs and fields that the program reads; a field that ends in `?` may be
     missing, and `HAVE_<struct>_<field>` tells the program. `constants` are kernel enumerators (`enum.name`,
-    `enum.name?`).
+    `enum.name?`, `enum|older_enum.name`).
     `symbols` are kernel functions whose address and size the program uses, where `/proc/kallsyms` tells them.
     `defines` turns options into `-D` definitions; what is off is not compiled. `decode` is pure and gets the rows of
     `tables`. `truth` compares with the kernel's own account where there is one. `event` turns one ring buffer record

@@ -15,6 +15,7 @@ from daemon.errors import BpfmetricsdError, UsageError
 SERVICE_USER = "bpfmetricsd"
 CAP_BPF = 39
 
+_PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
@@ -64,6 +65,7 @@ def drop(user: str, keep_bpf: bool) -> None:
         _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
         _set_capabilities(kept)
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        _prctl(_PR_SET_DUMPABLE, 1)  # changing the user cleared it, and /proc/self belonged to root
     except OSError as error:
         raise BpfmetricsdError(
             f"cannot drop root's privileges to the user {user}: {error.strerror}; start with CAP_SETUID, CAP_SETGID,"

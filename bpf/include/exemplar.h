@@ -24,7 +24,7 @@ struct exemplar {
 static __always_inline bool exemplar_due(const struct exemplar *exemplar, u64 now_ns)
 {
 #ifdef EXEMPLAR_INTERVAL_NS
-	return now_ns - exemplar->stamp_ns >= EXEMPLAR_INTERVAL_NS;
+	return !exemplar->stamp_ns || now_ns - exemplar->stamp_ns >= EXEMPLAR_INTERVAL_NS;
 #else
 	return false;
 #endif

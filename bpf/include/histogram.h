@@ -101,14 +101,18 @@ static __always_inline u32 bytes_slot(u64 bytes)
 /* Which octave a slot belongs to: 0 for slot 0, the number of octaves plus one for overflow. */
 #define OCTAVE_OF(slot) (((slot) + SLOTS_PER_OCTAVE - 1) / SLOTS_PER_OCTAVE)
 
-/* Adds one value; gives the octave, which indexes the exemplars. */
+/*
+ * Adds one value; gives the octave, which indexes the exemplars. Hidden once more inside the branch, because verifiers
+ * before 6.18 lose the bound where the compiler tests one register and indexes with a copy.
+ */
 #define OBSERVE(kind, KIND, histogram, value)                              \
 	({                                                                 \
-		u32 __slot = kind##_slot(value);                           \
+		u64 __slot = kind##_slot(value);                           \
 		HIDE(__slot);                                              \
-		if (__slot < KIND##_SLOTS)                                 \
+		if (__slot < KIND##_SLOTS) {                               \
+			HIDE(__slot);                                      \
 			ADD(&(histogram)->slots[__slot], 1);               \
-		else                                                       \
+		} else                                                     \
 			ADD(&(histogram)->overflow, 1);                    \
 		ADD(&(histogram)->sum, (value));                           \
 		OCTAVE_OF(__slot);                                         \

@@ -160,7 +160,7 @@ def witness(disk: Disk) -> Iterator[Callable[[], tuple[int, int]]]:
     }  # fmt: skip
     device = disk.path.stat().st_rdev
     flags = [f"-DMAJOR={os.major(device)}", f"-DMINOR={os.minor(device)}"]
-    compiled = compile_text(Btf().header(fields, ("req_op.REQ_OP_FLUSH",)).text + _WITNESS, flags)
+    compiled = compile_text(Btf().header(fields, ("req_op|req_opf.REQ_OP_FLUSH",)).text + _WITNESS, flags)
     target = libbpf.vmlinux_btf_id("block_rq_complete", libbpf.ATTACH_TRACE_RAW_TP)
     program = libbpf.prog_load(
         "witness", libbpf.PROG_TYPE_TRACING, compiled.functions["completed"], libbpf.ATTACH_TRACE_RAW_TP, target

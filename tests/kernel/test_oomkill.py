@@ -237,12 +237,14 @@ def test_a_task_that_is_exiting_already_is_not_killed_again(load: Load, lacks: C
         assert exiting.poll() is None
         other = undo.enter_context(process(groups, *eater(half + half // 2)))
         assert other.stdout
-        assert other.stdout.readline() == b"\n", "it got the memory that it wanted"
+        # The kernel may find the memory of the first not free soon enough, and kill the second as well.
+        survived = other.stdout.readline() == b"\n"
+        killed = [] if survived else [other.pid]
         assert exiting.wait(10) == -signal.SIGKILL
         assert marks(exiting.pid) == 1
-    assert not pids(loaded)
-    assert not kills(loaded)
-    assert sum(loaded.series(KILLS).values()) == vmstat() - before
+        assert [marks(pid) for pid in killed] == [1] * len(killed)
+    assert pids(loaded) == killed
+    assert sum(kills(loaded).values()) == len(killed) == vmstat() - before
 
 
 def test_kills_that_are_not_for_memory(load: Load) -> None:
