@@ -21,10 +21,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from daemon import libbpf, pins, privileges, server
+from daemon import lean, libbpf, pins, privileges
 from daemon.config import Config
 from daemon.engine import Engine
 from daemon.errors import BpfmetricsdError, UnsupportedError
+from daemon.listening import open_sockets
 from daemon.notify import Notifier
 from daemon.service import Service
 
@@ -53,7 +54,7 @@ def serve(job: Job) -> int:
     _end_quietly()
     config = job.read(job.path)
     web = _web(config)
-    return _serve(job, config, web, server.open_sockets(config.server.listen))
+    return _serve(job, config, web, open_sockets(config.server.listen))
 
 
 def run(job: Job, unload_on_exit: bool) -> int:
@@ -67,7 +68,7 @@ def run(job: Job, unload_on_exit: bool) -> int:
         status = _load(job)
         if status and not (status == _FAILED and _any_up(config)):
             return status
-        sockets = server.open_sockets(config.server.listen)
+        sockets = open_sockets(config.server.listen)
         if unload_on_exit and (child := _fork()):
             for sock in sockets:
                 sock.close()
@@ -156,6 +157,8 @@ def _guard(child: int) -> int:
 def _serve(job: Job, config: Config, web: WebConfig | None, sockets: Sequence[socket.socket]) -> int:
     logging.basicConfig(format="bpfmetricsd: %(message)s", level=logging.INFO)
     notifier = Notifier()
+    with lean.without_tls() if web is None else contextlib.nullcontext():
+        from daemon import server
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     bpffs, notes = _step_down(job, config)

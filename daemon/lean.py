@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules of a package without the package's `__init__`.
+"""Modules without what they import and we do not use.
 
 Some libraries import all they have at once: prometheus-client its HTTP servers, and with them Python's e-mail and URL
-modules, uvicorn its command line. A server of 32 MB that needs one module of each does not have to carry the rest.
+modules, uvicorn its command line, asyncio OpenSSL. A server of 32 MB that needs one module of each does not have to
+carry the rest.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 from daemon.errors import UnsupportedError
 
@@ -32,3 +35,25 @@ def bare(package: str, install: str) -> Callable[[], None]:
             del sys.modules[name]
 
     return undo
+
+
+@contextmanager
+def without_tls() -> Iterator[None]:
+    """While it lasts, asyncio and uvicorn can be imported without `ssl`, which takes 4 MB.
+
+    asyncio is made for Pythons that have none. uvicorn names a few things of it and uses none where there is no
+    certificate. Does nothing where `ssl` is imported already.
+    """
+    if "ssl" in sys.modules:
+        yield
+        return
+    stub = ModuleType("ssl", "What uvicorn's configuration names.")
+    vars(stub).update(PROTOCOL_TLS_SERVER=16, CERT_NONE=0, SSLContext=object)
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None: there is no such module
+    try:
+        modules["ssl"] = None
+        importlib.import_module("asyncio")
+        modules["ssl"] = stub
+        yield
+    finally:
+        modules.pop("ssl", None)

@@ -27,12 +27,10 @@ import h11
 from daemon import lean
 from daemon.app import App, Source
 from daemon.errors import BpfmetricsdError
-from daemon.listening import open_sockets, url
+from daemon.listening import url
 
 if TYPE_CHECKING:
     from daemon.webconfig import WebConfig
-
-__all__ = ["Notify", "Server", "Source", "open_sockets", "serve"]
 
 REQUEST_SECONDS = 10  # to send a whole request
 ANSWER_SECONDS = 30  # to take the answer

@@ -140,7 +140,7 @@ def serving(
     source: FakeSource | None = None, notify: FakeNotify | None = None, interval: float = 3600, **more: Any
 ) -> Iterator[Running]:
     source, notify = source or FakeSource(), notify or FakeNotify()
-    sockets = server.open_sockets([LOOPBACK])
+    sockets = listening.open_sockets([LOOPBACK])
     port = sockets[0].getsockname()[1]
     running = Running(source, notify, server.Server(source, sockets, interval, notify, **more), port)
     thread = threading.Thread(target=lambda: asyncio.run(running.server.run()))
@@ -535,7 +535,8 @@ SERVICE = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from daemon.notify import Notifier
-from daemon.server import open_sockets, serve
+from daemon.listening import open_sockets
+from daemon.server import serve
 from test_server import FakeSource, LOOPBACK
 serve(FakeSource(), open_sockets([LOOPBACK]), 0.05, Notifier())
 print("served", flush=True)
