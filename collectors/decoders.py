@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from daemon.cgroups import pod
 from daemon.declare import Context
 from daemon.histogram import Counts, Scale
 from daemon.model import EXEMPLAR_LABELS_MAX, Exemplar, Family, Metric, Series
@@ -22,6 +23,7 @@ TCP_STATES = (
     "last_ack", "listen", "closing", "new_syn_recv", "bound_inactive",
 )  # fmt: skip
 FAMILIES = ("ipv4", "ipv6")
+_SHORTEST = {"cgroup": 16, "pod": 9}  # exemplar labels of which a part is worth having: so many characters at least
 
 
 def text(raw: bytes) -> str:
@@ -72,18 +74,24 @@ def endpoints_labels(ends: Endpoints) -> tuple[tuple[str, str], ...]:
 
 
 def fit(labels: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Leaves out empty values, and shortens what would pass the limit: a long cgroup path loses its head."""
+    """Leaves out empty values and what would pass the limit; a long cgroup path loses its head, a pod's id its tail."""
     room, kept = EXEMPLAR_LABELS_MAX, []
     for name, value in labels:
         if not value:
             continue
-        if len(name) + len(value) > room:
-            if name != "cgroup" or room - len(name) < 16:
+        left = room - len(name)
+        if len(value) > left:
+            if left < _SHORTEST.get(name, EXEMPLAR_LABELS_MAX):
                 continue
-            value = "…" + value[-(room - len(name) - 1) :]
+            value = "…" + value[1 - left :] if name == "cgroup" else value[: left - 1] + "…"
         room -= len(name) + len(value)
         kept.append((name, value))
     return tuple(kept)
+
+
+def place(path: str) -> tuple[tuple[str, str], ...]:
+    """A cgroup's path as exemplar labels: its container and pod, whose path is long and says no more, or itself."""
+    return pod(path) or (("cgroup", path),)
 
 
 def exemplar(
@@ -97,7 +105,7 @@ def exemplar(
         labels += [("pid", str(raw["pid"])), ("comm", words_text(raw["comm"]))]
     labels += words(raw["words"])
     if raw["cgroup"]:
-        labels.append(("cgroup", context.cgroup_path(raw["cgroup"])))
+        labels += place(context.cgroup_path(raw["cgroup"]))
     return Exemplar(fit(labels), raw["value"] / unit, context.wall_clock(raw["time_ns"]))
 
 

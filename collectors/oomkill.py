@@ -13,8 +13,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from collectors.decoders import OTHER, Totals, exemplar, text, words_text
-from daemon.cgroups import unit
+from collectors.decoders import OTHER, Totals, Words, exemplar, text, words_text
+from daemon.cgroups import pod, unit
 from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Tables, Truth, Variant
 from daemon.model import Metric
 
@@ -37,13 +37,18 @@ def cgroup_path(levels: Sequence[Mapping[str, bytes]], deeper: int) -> str:
     return ("…" if deeper else "") + "/" + "/".join(reversed(parts))
 
 
+def _words(path: str) -> Words:
+    return lambda _: pod(path)
+
+
 def decode(tables: Tables, context: Context) -> Decoded:
     kills = Totals(KILLS, context.max_series)
     for row in tables["kills_other"]:
         kills.add((SCOPES[row.key], OTHER), row.value)
     for row in tables["kills"]:
-        labels = (SCOPES[row.key["scope"]], cgroup_path(row.value["path"], row.value["deeper"]))
-        kills.add(labels, row.value["count"], exemplar(row.value.get("count_exemplar"), 1, context))
+        path = cgroup_path(row.value["path"], row.value["deeper"])
+        found = exemplar(row.value.get("count_exemplar"), 1, context, _words(path))
+        kills.add((SCOPES[row.key["scope"]], path), row.value["count"], found)
     return Decoded([kills.family(context.created)], kills.dropped)
 
 
@@ -68,7 +73,7 @@ def event(record: Any, context: Context) -> Event:
         f" was killed because {why.get(scope, 'memory ran out')}"
     )
     fields = {
-        "pid": record["pid"], "comm": comm, "scope": scope, "cgroup": path, "unit": unit(path),
+        "pid": record["pid"], "comm": comm, "scope": scope, "cgroup": path, "unit": unit(path), **dict(pod(path)),
         "rss_bytes": anon + file + shmem, "anon_bytes": anon, "file_bytes": file, "shmem_bytes": shmem,
         "oom_score_adj": record["oom_score_adj"], "killer_pid": record["killer_pid"],
         "killer_comm": words_text(record["killer_comm"]),

@@ -21,6 +21,7 @@ from collectors.decoders import (
     endpoints_of_words,
     words_text,
 )
+from daemon.cgroups import pod
 from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Tables, Variant, twice
 from daemon.histogram import BYTES, SECONDS
 from daemon.model import Metric
@@ -70,9 +71,10 @@ def event(record: Any, context: Context) -> Event:
     direction, comm = DIRECTIONS[record["direction"]], words_text(record["comm"])
     arrow = "->" if direction == "outbound" else "<-"
     seconds = record["duration_ns"] / 1e9
+    path = context.cgroup_path(record["cgroup"])
     fields = dict(endpoints_labels(ends)) | {
         "pid": record["pid"], "comm": comm, "direction": direction, "duration_ns": record["duration_ns"],
-        "sent": record["sent"], "received": record["received"], "cgroup": context.cgroup_path(record["cgroup"]),
+        "sent": record["sent"], "received": record["received"], "cgroup": path, **dict(pod(path)),
     }  # fmt: skip
     message = (
         f"TCP connection {ends.local}:{ends.local_port} {arrow} {ends.remote}:{ends.remote_port} ({comm}) closed "

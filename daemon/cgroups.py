@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,29 @@ _WALK_AT_MOST_EVERY_S = 0.1  # a tree of 1,000 groups takes about 5 ms
 _REMEMBERED = 10_000
 
 
-def mount_point(mounts: Path = Path("/proc/self/mounts")) -> Path | None:
-    """Where cgroup v2 is mounted, also beside v1 (/sys/fs/cgroup/unified)."""
-    for line in mounts.read_text().splitlines():
-        fields = line.split()
-        if fields[2] == "cgroup2":
-            return Path(fields[1])
-    return None
+# Kubernetes' folder of a pod, of either cgroup driver; a static pod's id is a hash without dashes. A runtime that is
+# set up for the other driver puts the pod's and the container's name into one folder, with colons between.
+_UID = "[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32}"
+_POD = re.compile(rf"[-/]pod({_UID})(?:\.slice)?(?=[/:]|$)")
+_CONTAINER = re.compile(r"[/:-]([0-9a-f]{64})(?:\.scope)?(?=/|$)")
+_SHORT = 12  # digits of a container's id, as container tools print it
+
+
+def mount_point(mountinfo: Path = Path("/proc/self/mountinfo")) -> Path | None:
+    """Where cgroup v2 is mounted, also beside v1 (/sys/fs/cgroup/unified); of several mounts, the one that shows most.
+
+    A container has a mount of its own group alone, and may be given the host's: its root is above the reader's
+    (`/../..` in /proc/PID/mountinfo).
+    """
+    found = []
+    for line in mountinfo.read_text().splitlines():
+        fields, _, source = line.partition(" - ")
+        root, folder = fields.split()[3:5]
+        if source.split()[0] == "cgroup2":
+            parts = [part for part in root.split("/") if part]
+            above = parts.count("..")
+            found.append((-above, len(parts) - above, folder))
+    return Path(min(found, key=lambda one: one[:2])[2]) if found else None
 
 
 def unit(path: str) -> str:
@@ -27,6 +44,19 @@ def unit(path: str) -> str:
         if part.endswith((".service", ".scope", ".socket", ".mount", ".swap")):
             return part
     return ""
+
+
+def pod(path: str) -> tuple[tuple[str, str], ...]:
+    """`container` (12 digits of its id) and `pod` (its UID) of a path that Kubernetes made; nothing for another one.
+
+    Processes of a pod that are in none of its containers have no `container`.
+    """
+    found = _POD.search(path) if "kubepods" in path else None
+    if found is None:
+        return ()
+    uid = ("pod", found[1].replace("_", "-"))
+    container = _CONTAINER.search(path, found.end())
+    return (("container", container[1][:_SHORT]), uid) if container else (uid,)
 
 
 class Paths:

@@ -94,6 +94,30 @@ def test_exemplar_is_the_newest_of_a_label_set() -> None:
     assert (series.exemplar.labels, series.exemplar.timestamp) == ((("pid", "7"), ("comm", 'a\n"b')), 2.0)
 
 
+IN_POD = ("kubepods", "pod1b2c3d4e-0123-4567-89ab-0123456789ab", "c0ffee12" * 8)
+POD = (("container", "c0ffee12c0ff"), ("pod", "1b2c3d4e-0123-4567-89ab-0123456789ab"))
+
+
+def test_exemplar_of_a_pod_names_it_and_its_container() -> None:
+    raw = {"pid": 7, "comm": words(b"db"), "cgroup": 0, "words": [0], "value": 1, "time_ns": 1}
+    row = Row({"cgroup": 7, "scope": 2}, kills(1, *IN_POD) | {"count_exemplar": raw})
+    (family,) = decode({"kills": [row], "kills_other": OTHERS}, CONTEXT).families
+    (series,) = [series for series in family.series if series.labels == ("memcg", f"/{'/'.join(IN_POD)}")]
+    assert series.exemplar
+    assert series.exemplar.labels == (("pid", "7"), ("comm", "db"), *POD)
+
+
+def test_event_in_a_pod_names_it_and_its_container() -> None:
+    record = {
+        "time_ns": 0, "pid": 1, "comm": words(b"x"), "cgroup": 1, "anon_pages": 0, "file_pages": 0, "shmem_pages": 0,
+        "scope": 2, "killer_pid": 1, "killer_comm": words(b"x"), "thread": 1, "oom_score_adj": 0, "deeper": 0,
+        "path": levels(*IN_POD),
+    }  # fmt: skip
+    fields = event(record, CONTEXT).fields
+    assert fields["unit"] == IN_POD[-1]
+    assert {name: fields[name] for name in ("container", "pod")} == dict(POD)
+
+
 @pytest.mark.parametrize(("scope", "why"), [(0, "memory ran out"), (1, "the machine ran out of memory")])
 def test_event_says_what_is_known_of_the_cause(scope: int, why: str) -> None:
     record = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from collectors.tcplife import COLLECTOR, decode, event
@@ -59,3 +60,8 @@ def test_event_is_a_sentence_and_its_facts() -> None:
         "TCP connection 127.0.0.1:80 <- 127.0.0.2:5000 (nginx) closed after 1.500 s, 10 B sent, 20 B received"
     )
     assert found.fields["cgroup"] == "/x"
+    assert not {"pod", "container"} & set(found.fields)
+    path = f"/kubepods/pod1b2c3d4e-0123-4567-89ab-0123456789ab/{'c0ffee12' * 8}"
+    fields = event(record, replace(CONTEXT, cgroup_path=lambda _: path)).fields
+    assert (fields["cgroup"], fields["container"]) == (path, "c0ffee12c0ff")
+    assert fields["pod"] == "1b2c3d4e-0123-4567-89ab-0123456789ab"

@@ -6,9 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from daemon import cgroups
-from daemon.cgroups import Paths, mount_point, unit
+from daemon.cgroups import Paths, mount_point, pod, unit
 
 
 class Clock:
@@ -166,18 +168,121 @@ def test_unit(path: str, expected: str) -> None:
     assert unit(path) == expected
 
 
+UID, HASH = "1b2c3d4e-0123-4567-89ab-0123456789ab", "0123456789abcdef0123456789abcdef"
+SLICE = UID.replace("-", "_")
+ID = "c0ffee123456" + "7" * 52
+POD = ("pod", UID)
+CONTAINER = ("container", "c0ffee123456")
+
+
 @pytest.mark.parametrize(
-    ("mounts", "expected"),
+    ("path", "expected"),
     [
-        ("cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n", Path("/sys/fs/cgroup")),
+        # systemd driver: containerd, CRI-O, Docker; the three classes of service
+        (f"/kubepods.slice/kubepods-pod{SLICE}.slice/cri-containerd-{ID}.scope", (CONTAINER, POD)),
         (
-            "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n",
-            Path("/sys/fs/cgroup/unified"),
+            f"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{SLICE}.slice/crio-{ID}.scope",
+            (CONTAINER, POD),
         ),
-        ("cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n", None),
+        (
+            f"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{SLICE}.slice/docker-{ID}.scope",
+            (CONTAINER, POD),
+        ),
+        # cgroupfs driver
+        (f"/kubepods/pod{UID}/{ID}", (CONTAINER, POD)),
+        (f"/kubepods/burstable/pod{UID}/{ID}", (CONTAINER, POD)),
+        (f"/kubepods/besteffort/pod{UID}/crio-{ID}", (CONTAINER, POD)),
+        # a static pod
+        (f"/kubepods/burstable/pod{HASH}/{ID}", (CONTAINER, ("pod", HASH))),
+        # a kubelet with --cgroup-root, nodes that are containers themselves
+        (f"/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{SLICE}.slice/crio-{ID}.scope", (CONTAINER, POD)),
+        (f"/docker/{'9' * 64}/kubelet/kubepods/pod{UID}/{ID}", (CONTAINER, POD)),
+        # the runtime expects systemd's names, the kubelet makes others
+        (
+            f"/system.slice/containerd.service/kubepods-burstable-pod{SLICE}.slice:cri-containerd:{ID}",
+            (CONTAINER, POD),
+        ),
+        # groups that a container made, Docker inside of a pod
+        (f"/kubepods/pod{UID}/{ID}/init.scope", (CONTAINER, POD)),
+        (f"/kubepods/pod{UID}/{ID}/docker/{'9' * 64}", (CONTAINER, POD)),
+        # an outermost part that had no room
+        (f"…/kubepods.slice/kubepods-pod{SLICE}.slice/cri-containerd-{ID}.scope", (CONTAINER, POD)),
+        # in the pod and in none of its containers
+        (f"/kubepods/pod{UID}", (POD,)),
+        (f"/kubepods.slice/kubepods-pod{SLICE}.slice/crio-conmon-1.scope", (POD,)),
+        # not of Kubernetes
+        (f"/system.slice/docker-{ID}.scope", ()),
+        (f"/machine.slice/libpod-{ID}.scope", ()),
+        (f"/pod{UID}/{ID}", ()),
+        ("/kubepods.slice", ()),
+        (f"/kubepods/pod{UID}x/{ID}", ()),
+        (f"/kubepods/tripod{UID}/{ID}", ()),
+        ("/system.slice/x.service", ()),
+        ("/", ()),
+        ("", ()),
+    ],
+)
+def test_pod(path: str, expected: tuple[tuple[str, str], ...]) -> None:
+    assert pod(path) == expected
+
+
+@given(
+    uid=st.uuids(),
+    number=st.integers(0, 16**64 - 1),
+    kind=st.sampled_from(["", "burstable", "besteffort"]),
+    prefix=st.sampled_from(["cri-containerd-", "crio-", "docker-"]),
+    inside=st.sampled_from(["", "/init.scope", "/a b/c"]),
+)
+def test_both_drivers_name_the_same_pod_and_container(
+    uid: object, number: int, kind: str, prefix: str, inside: str
+) -> None:
+    identifier = f"{number:064x}"
+    name = "-".join(filter(None, ["kubepods", kind, f"pod{uid}".replace("-", "_")]))
+    parents = ["kubepods.slice", f"kubepods-{kind}.slice"] if kind else ["kubepods.slice"]
+    systemd = "/".join(["", *parents, f"{name}.slice", f"{prefix}{identifier}.scope"]) + inside
+    cgroupfs = "/".join(["", "kubepods", *filter(None, [kind]), f"pod{uid}", identifier]) + inside
+    assert pod(systemd) == pod(cgroupfs) == (("container", identifier[:12]), ("pod", str(uid)))
+
+
+@given(st.text(alphabet="/-_:.abcdef0123456789podkubesli", max_size=300))
+def test_what_is_no_pod_has_no_id_of_another_length(path: str) -> None:
+    for name, value in pod(f"/kubepods{path}"):
+        assert len(value) in {"container": (12,), "pod": (32, 36)}[name]
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "expected"),
+    [
+        ("30 24 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n", "/sys/fs/cgroup"),
+        (
+            "30 24 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+            "31 24 0:27 / /sys/fs/cgroup/unified rw shared:5 master:1 - cgroup2 cgroup2 rw\n",
+            "/sys/fs/cgroup/unified",
+        ),
+        # a container's own group, and the host's tree, as a reader in its own cgroup namespace sees them
+        (
+            "40 24 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n"
+            "41 24 0:26 /../../../.. /host/sys/fs/cgroup ro - cgroup2 cgroup2 rw\n",
+            "/host/sys/fs/cgroup",
+        ),
+        (
+            "41 24 0:26 /../.. /host/sys/fs/cgroup ro - cgroup2 cgroup2 rw\n"
+            "42 24 0:26 /../../x.slice /x ro - cgroup2 cgroup2 rw\n"
+            "43 24 0:26 /.. /y ro - cgroup2 cgroup2 rw\n",
+            "/host/sys/fs/cgroup",
+        ),
+        # without a cgroup namespace
+        (
+            "40 24 0:26 /kubepods/pod1/c /sys/fs/cgroup ro - cgroup2 cgroup rw\n"
+            "41 24 0:26 / /host/sys/fs/cgroup ro - cgroup2 cgroup2 rw\n",
+            "/host/sys/fs/cgroup",
+        ),
+        # the same twice: the first
+        ("1 0 0:26 / /a rw - cgroup2 x rw\n2 0 0:26 / /b rw - cgroup2 x rw\n", "/a"),
+        ("30 24 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n", None),
         ("", None),
     ],
 )
-def test_mount_point(tmp_path: Path, mounts: str, expected: Path | None) -> None:
-    (tmp_path / "mounts").write_text(mounts)
-    assert mount_point(tmp_path / "mounts") == expected
+def test_mount_point(tmp_path: Path, mountinfo: str, expected: str | None) -> None:
+    (tmp_path / "mountinfo").write_text(mountinfo)
+    assert mount_point(tmp_path / "mountinfo") == (Path(expected) if expected else None)
