@@ -114,7 +114,6 @@ def test_event_in_a_pod_names_it_and_its_container() -> None:
         "path": levels(*IN_POD),
     }  # fmt: skip
     fields = event(record, CONTEXT).fields
-    assert fields["unit"] == IN_POD[-1]
     assert {name: fields[name] for name in ("container", "pod")} == dict(POD)
 
 
