@@ -22,6 +22,7 @@
 #define STATES 16
 #define ICSK_TIME_LOSS_PROBE 5 /* include/net/inet_connection_sock.h */
 #define TCPCB_LOST 4           /* include/net/tcp.h */
+#define TCPCB_EVER_RETRANS 0x80
 
 enum kind { KIND_DATA, KIND_SYN, KIND_SYNACK, KIND_PROBE, KINDS };
 
@@ -35,6 +36,13 @@ struct retransmits {
 /* Index: (family * STATES + state) * KINDS + kind. Not per CPU: retransmissions are rare. */
 BPF_ARRAY(retransmits, struct retransmits, FAMILIES *STATES *KINDS);
 BPF_ARRAY(failures, u64, FAMILIES);
+
+/*
+ * The kernel's own account is one of each network namespace. Here is ours for the loader's: its inode number, which the
+ * loader writes, and the segments that its sockets have sent again.
+ */
+enum namespace_word { NAMESPACE_INODE, NAMESPACE_SEGMENTS, NAMESPACE_WORDS };
+BPF_ARRAY(net_namespace, u64, NAMESPACE_WORDS);
 
 #if defined(BY_REMOTE_SUBNET) || defined(BY_LOCAL_PORT)
 struct retransmits_key {
@@ -75,12 +83,27 @@ static __always_inline struct retransmits *retransmits_of(const struct endpoints
 	return retransmits.lookup(&index);
 }
 
+static __always_inline void count_by_namespace(struct sock *sk, u32 segments)
+{
+	int at_inode = NAMESPACE_INODE, at_segments = NAMESPACE_SEGMENTS;
+	u64 *inode = net_namespace.lookup(&at_inode), *into = net_namespace.lookup(&at_segments);
+	struct net *net = NULL;
+	u32 own = 0;
+
+	/* skc_net is a struct without a name around the pointer, bytes to the verifier. */
+	bpf_probe_read_kernel(&net, sizeof(net), (void *)&sk->__sk_common.skc_net);
+	bpf_probe_read_kernel(&own, sizeof(own), (void *)&net->ns.inum);
+	if (inode && into && *inode == own)
+		__sync_fetch_and_add(into, segments);
+}
+
 static __always_inline void count(struct sock *sk, const struct endpoints *ends, u32 state, u32 kind, u32 segments)
 {
 	int index = (ends->family * STATES + (state & (STATES - 1))) * KINDS + kind;
 	struct retransmits *into = retransmits_of(ends, index);
 	u64 now;
 
+	count_by_namespace(sk, segments);
 	if (!into)
 		return;
 	__sync_fetch_and_add(&into->segments, segments);
@@ -133,13 +156,18 @@ static __always_inline bool is_loss_probe(struct sock *sk, struct sk_buff *skb)
 }
 
 /*
- * Errors with which __tcp_retransmit_skb() gives up before it counts and sends anything: the first transmission still
- * waits in this host (EBUSY), no route (EHOSTUNREACH), closed window (EAGAIN), no memory to split the packet (ENOMEM).
- * Neither RetransSegs nor TCPRetransFail knows these attempts.
+ * __tcp_retransmit_skb() gives up before it counts and sends anything where the first transmission still waits in this
+ * host (EBUSY), there is no route (EHOSTUNREACH), the window is closed (EAGAIN), or no memory to split the packet
+ * (ENOMEM): neither RetransSegs nor TCPRetransFail knows these attempts. What is below TCP (netfilter, xfrm) may fail
+ * with the same errors, but then the packet has been marked, and stamped not before the time of this attempt.
  */
-static __always_inline bool before_sending(s32 error)
+static __always_inline bool before_sending(struct sock *sk, struct sk_buff *skb, s32 error)
 {
-	return error == -EBUSY || error == -EHOSTUNREACH || error == -EAGAIN || error == -ENOMEM || error == -EINVAL;
+	struct tcp_sock *tp = TCP_SOCK(sk);
+
+	if (error != -EBUSY && error != -EHOSTUNREACH && error != -EAGAIN && error != -ENOMEM && error != -EINVAL)
+		return false;
+	return !tp || !(READ_CB(skb, sacked) & TCPCB_EVER_RETRANS) || READ(skb, tstamp) < READ(tp, tcp_clock_cache);
 }
 
 PROGRAM(tcp_retransmit_skb)
@@ -154,7 +182,7 @@ PROGRAM(tcp_retransmit_skb)
 	segments = READ_CB(skb, tcp_gso_segs); /* tcp_skb_pcount() */
 	read_endpoints(&ends, &sk->__sk_common, READ(sk, __sk_common.skc_num));
 #if ARGS_tcp_retransmit_skb > 2
-	if (before_sending(ctx[2]))
+	if (before_sending(sk, skb, ctx[2]))
 		return 0;
 	if ((s32)ctx[2]) {
 		int family = ends.family;

@@ -3,7 +3,7 @@
 
 Kinds: `syn` and `synack` repeat a handshake, `probe` is a tail loss probe that repeats data (TCPLossProbes also counts
 those that send new data), `data` is all else. Truth: RetransSegs in `/proc/net/snmp` of all network namespaces, which
-counts failed attempts too; before kernel 6.18 these cannot be seen.
+counts failed attempts too (TCPRetransFail in `/proc/net/netstat`); before kernel 6.18 these cannot be seen.
 """
 
 from __future__ import annotations
@@ -23,13 +23,28 @@ from collectors.decoders import (
     endpoints_of_words,
     exemplar,
 )
-from daemon.declare import Collector, Context, Decoded, Event, Hook, Option, Part, Row, Tables, Variant
+from daemon.declare import (
+    NET_NAMESPACE,
+    Collector,
+    Context,
+    Decoded,
+    Event,
+    Hook,
+    Option,
+    Part,
+    Row,
+    Tables,
+    Truth,
+    Variant,
+)
 from daemon.model import Metric
 
 KINDS = ("data", "syn", "synack", "probe")  # enum kind
 _STATES = 16
 MAX_SERIES = 1000
 RING_PAGES = 64
+SNMP, NETSTAT = "/proc/net/snmp", "/proc/net/netstat"
+NAMESPACE_SEGMENTS = 1  # enum namespace_word
 MESSAGE_ID = "3f0c9d1a5d9b4c0e8f2a6b7c1d3e5f70"
 
 FAILURES = Metric(
@@ -105,6 +120,24 @@ def event(record: Any, context: Context) -> Event:
     return Event(MESSAGE_ID, 6, message, fields, context.wall_clock(record["time_ns"]))
 
 
+def _sent_again(texts: Mapping[str, str]) -> int:
+    """Segments that were sent again, without the attempts that failed. Names and values are on lines of their own."""
+    found: dict[str, int] = {}
+    for path in (SNMP, NETSTAT):
+        lines = texts[path].splitlines()
+        for names, values in zip(lines[::2], lines[1::2], strict=False):
+            found |= zip(names.split()[1:], map(int, values.split()[1:]), strict=False)
+    return found["RetransSegs"] - found["TCPRetransFail"]
+
+
+def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -> tuple[int, int] | None:
+    """Of the loader's network namespace; the account of another one, if the reader is in it, says nothing of that."""
+    if began[NET_NAMESPACE] != now[NET_NAMESPACE]:
+        return None
+    (ours,) = (row.value for row in tables["net_namespace"] if row.key == NAMESPACE_SEGMENTS)
+    return ours, _sent_again(now) - _sent_again(began)
+
+
 def _defines(options: Mapping[str, Any]) -> dict[str, int]:
     macros: dict[str, int] = {}
     if options["by"] != "none":
@@ -132,14 +165,17 @@ COLLECTOR = Collector(
             "skc_state",
             "skc_v6_daddr",
             "skc_v6_rcv_saddr",
+            "skc_net",
         ),
+        "net": ("ns",),
+        "ns_common": ("inum",),
         "sock_cgroup_data": ("cgroup?",),
         "cgroup": ("kn",),
         "kernfs_node": ("id",),
-        "sk_buff": ("cb",),
+        "sk_buff": ("cb", "tstamp"),
         "tcp_skb_cb": ("tcp_gso_segs", "sacked"),
         "request_sock": ("__req_common",),
-        "tcp_sock": ("inet_conn",),
+        "tcp_sock": ("inet_conn", "tcp_clock_cache"),
         "inet_connection_sock": ("icsk_pending",),
     },
     options=(
@@ -154,7 +190,8 @@ COLLECTOR = Collector(
     ),
     metrics=lambda options: (_retransmits(options), FAILURES),
     defines=_defines,
-    tables=("retransmits", "retransmits_by", "failures"),
+    tables=("retransmits", "retransmits_by", "failures", "net_namespace"),
     decode=decode,
+    truth=Truth((NET_NAMESPACE, SNMP, NETSTAT), _counted),
     event=event,
 )

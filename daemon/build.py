@@ -22,7 +22,7 @@ from daemon import __version__, attach, coverage, layout, libbpf, pins
 from daemon.attach import Plan, Planner, Refused
 from daemon.btf import Btf
 from daemon.compiler import Compiled, compile_text, first_error
-from daemon.declare import Collector
+from daemon.declare import NET_NAMESPACE, Collector
 from daemon.errors import BpfmetricsdError
 from daemon.manifest import Manifest, MapShape, ProgramInfo
 from daemon.pins import CONTROL, Descriptors
@@ -122,6 +122,9 @@ def build(request: Request) -> Manifest:
             continue
         break
     maps = {name: compiled.maps[name].descriptor for name in shapes}
+    if not same and pins.NET_NAMESPACE in maps:  # known maps keep theirs, which is the one of the known account
+        inode = os.stat(NET_NAMESPACE).st_ino
+        libbpf.map_update(maps[pins.NET_NAMESPACE], bytes(4), inode.to_bytes(8, "little"))
     started, truth = _hand_over(request, plan, Descriptors(maps, links, programs), generation)
     return Manifest(
         collector=request.collector.name,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,15 +18,18 @@ def texts(collector: Collector) -> dict[str, str]:
     found = {}
     for path in collector.truth.files if collector.truth else ():
         try:
-            found[path] = Path(path).read_text()
+            found[path] = os.readlink(path) if os.path.islink(path) else Path(path).read_text()
         except OSError:
             continue
     return found
 
 
 def ratio(collector: Collector, began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -> float | None:
-    """Ours by the kernel's; None where the kernel keeps no account, 1.0 until it has counted enough."""
+    """Ours by the kernel's; None where the kernel keeps no account that compares, 1.0 until it has counted enough."""
     if collector.truth is None or any(path not in began or path not in now for path in collector.truth.files):
         return None
-    ours, kernels = collector.truth.counted(began, now, tables)
+    counted = collector.truth.counted(began, now, tables)
+    if counted is None:
+        return None
+    ours, kernels = counted
     return ours / kernels if kernels >= ENOUGH else 1.0

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from daemon.model import Family, Metric
 
+NET_NAMESPACE = "/proc/self/ns/net"
 HookKind = Literal["tp_btf", "raw_tp", "fentry", "fexit", "kprobe", "kretprobe", "iter"]
 Fidelity = Literal["exact", "approximate"]
 
@@ -111,12 +112,16 @@ class Decoded:
 class Truth:
     """The kernel's own account of what a collector counts.
 
-    `files` hold it, as text; `counted` gives our events and the kernel's since counting began, from the files' texts
-    at that time and now, and from the rows of the tables. Events that both cannot see are in neither.
+    `files` hold it, as text (of a link: where it leads); `counted` gives our events and the kernel's since counting
+    began, from the files' texts at that time and now, and from the rows of the tables, or None where these cannot be
+    compared. Events that both cannot see are in neither.
+
+    An account of one network namespace (`/proc/net`) has NET_NAMESPACE among its files, and its program has a map
+    `net_namespace` whose first word the loader sets to the inode number of its own.
     """
 
     files: tuple[str, ...]
-    counted: Callable[[Mapping[str, str], Mapping[str, str], Tables], tuple[int, int]]
+    counted: Callable[[Mapping[str, str], Mapping[str, str], Tables], tuple[int, int] | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ MAPS, LINKS, PROGRAMS = "maps", "links", "programs"
 KINDS = (MAPS, LINKS, PROGRAMS)
 STAGING = "-new"  # bpffs allows no dot in a name
 CONTROL = "control"
+NET_NAMESPACE = "net_namespace"
 USUAL_MOUNT = Path("/sys/fs/bpf")
 
 

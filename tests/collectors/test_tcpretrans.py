@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from collectors.tcpretrans import decode, event, subnet
-from daemon.declare import Context, Row
+from collectors.tcpretrans import COLLECTOR, NETSTAT, SNMP, decode, event, subnet
+from daemon.declare import NET_NAMESPACE, Context, Row
 
 CONTEXT = Context(
     options={"by": "none"}, max_series=1000, created=5.0, cgroup_path=lambda _: "", wall_clock=lambda ns: ns / 1e9
@@ -57,6 +57,21 @@ def test_a_further_label_by_port() -> None:
     found = {series.labels: series.value for series in sent.series}
     assert found["ipv4", "established", "data", "443"] == 2
     assert found["ipv4", "established", "data", "other"] == 0
+
+
+def account(segments: int, failed: int, namespace: str = "net:[7]") -> dict[str, str]:
+    return {
+        NET_NAMESPACE: namespace,
+        SNMP: f"Ip: Forwarding\nIp: 1\nTcp: MaxConn RetransSegs OutRsts\nTcp: -1 {segments} 9\n",
+        NETSTAT: f"TcpExt: SyncookiesSent TCPRetransFail\nTcpExt: 4 {failed}\nIpExt: InNoRoutes\nIpExt: 5\n",
+    }
+
+
+def test_coverage_is_of_what_was_sent_in_the_loaders_network_namespace() -> None:
+    assert COLLECTOR.truth
+    tables = {"net_namespace": [Row(0, 7), Row(1, 90)]}
+    assert COLLECTOR.truth.counted(account(1000, 10), account(1105, 15), tables) == (90, 100)
+    assert COLLECTOR.truth.counted(account(1000, 10), account(1105, 15, "net:[8]"), tables) is None
 
 
 def test_event_is_a_sentence_and_its_facts() -> None:

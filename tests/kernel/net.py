@@ -7,16 +7,18 @@ A socket belongs to the namespace that its thread was in when it was made, so th
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +27,7 @@ _TOOLS = {"ip": "iproute2", "tc": "iproute2", "iptables": "iptables", "ip6tables
 _INSTANCES = Path("/sys/kernel/tracing/instances")
 _ATTEMPTS = 8
 _TIMEOUT_S = 60
+_SUBNETS = itertools.count(os.getpid() * 64)  # what the sockets of earlier ones still send has other addresses
 _libc = ctypes.CDLL(None, use_errno=True)
 
 LISTEN, TIME_WAIT = "0A", "06"  # as /proc/net/tcp writes them
@@ -41,15 +44,6 @@ def counters() -> dict[str, int]:
             prefix, *keys = names.split()
             for key, value in zip(keys, values.split()[1:], strict=True):
                 found[f"{prefix[:-1]}.{key}"] = int(value)
-    return found
-
-
-def everywhere() -> dict[str, dict[str, int]]:
-    """The same for every namespace with a name, and for the one of this thread."""
-    found = {"": counters()}
-    for path in sorted(Path("/run/netns").glob("*")):
-        with suppress(OSError), _entered(path):
-            found[path.name] = counters()
     return found
 
 
@@ -146,10 +140,14 @@ class End:
         random = ("-m", "statistic", "--mode", "random", "--probability", str(share))
         return self.rule("INPUT", "-p", "tcp", *random, "-j", "DROP")
 
-    def loss_of_every_second(self) -> AbstractContextManager[None]:
-        """Of the packets that carry data. By turns, since a row of losses would make the sender's timers very slow."""
+    def loss_of_each(self, number: int) -> AbstractContextManager[None]:
+        """Each second (third, ...) of the packets that carry data is lost, beginning with the first of them.
+
+        By turns, since a row of losses would make the sender's timers very slow.
+        """
         data = ("-p", "tcp", "-m", "length", "--length", "100:65535")
-        return self.rule("INPUT", *data, "-m", "statistic", "--mode", "nth", "--every", "2", "-j", "DROP")
+        turns = ("-m", "statistic", "--mode", "nth", "--every", str(number), "--packet", "0")
+        return self.rule("INPUT", *data, *turns, "-j", "DROP")
 
     def listen(self, family: str, port: int = 0, address: str = "") -> socket.socket:
         with self.inside():
@@ -173,15 +171,15 @@ class End:
 
 @contextmanager
 def wire(lacks: Callable[[str], object]) -> Iterator[tuple[End, End]]:
-    """Two namespaces with a wire between them, in subnets that no other run of the tests has; both go again."""
+    """Two namespaces with a wire between them, in subnets that were never used before; both go again."""
     for tool, package in _TOOLS.items():
         if shutil.which(tool) is None:
             lacks(f"{tool} is not installed; apt install {package}")
     tag = f"bpfmetricsd_{os.getpid()}"
-    low, high = os.getpid() & 0xFF, os.getpid() >> 8
+    high, low = divmod(next(_SUBNETS) & 0xFFFF, 256)
     ends = first, second = (
-        End(f"{tag}_a", f"10.{high & 0xFF}.{low}.1", f"fd00:{high:x}:{low:x}::1"),
-        End(f"{tag}_b", f"10.{high & 0xFF}.{low}.2", f"fd00:{high:x}:{low:x}::2"),
+        End(f"{tag}_a", f"10.{high}.{low}.1", f"fd00:{high:x}:{low:x}::1"),
+        End(f"{tag}_b", f"10.{high}.{low}.2", f"fd00:{high:x}:{low:x}::2"),
     )
     with ExitStack() as undo:
         for end in ends:
@@ -237,35 +235,52 @@ def wait_for(true: Callable[[], bool], what: str, seconds: float = 30) -> None:
 
 
 @contextmanager
-def _on_process_1(events: tuple[str, ...]) -> Iterator[Callable[[], int]]:
-    """How often these tracepoints fired in an interrupt that caught a thread of process 1 (0 without tracefs)."""
+def _traced(events: tuple[str, ...]) -> Iterator[Callable[[], list[str]]]:
+    """What tracefs tells of these tracepoints, a line for each time that one fired (nothing without tracefs)."""
     instance = _INSTANCES / f"bpfmetricsd_{os.getpid()}"
     try:
         instance.mkdir()
     except OSError:
-        yield lambda: 0
+        yield list
         return
     try:
-        threads = " || ".join(f"common_pid == {path.name}" for path in Path("/proc/1/task").iterdir())
+        (instance / "buffer_size_kb").write_text("4096")
         for event in events:
-            (instance / "events" / event / "filter").write_text(threads)
             (instance / "events" / event / "enable").write_text("1")
-        yield lambda: sum(not line.startswith("#") for line in (instance / "trace").read_text().splitlines())
+        yield lambda: _whole((instance / "trace").read_text())
     finally:
         for event in events:
             (instance / "events" / event / "enable").write_text("0")
         instance.rmdir()
 
 
-def undisturbed(events: tuple[str, ...], measure: Callable[[], T]) -> T:
-    """What `measure` gives when none of these tracepoints fired on top of process 1.
+def _whole(trace: str) -> list[str]:
+    kept, written = re.findall(r"entries-in-buffer/entries-written: (\d+)/(\d+)", trace)[0]
+    assert kept == written, "tracefs has no room for all events"
+    return [line for line in trace.splitlines() if line and not line.startswith("#")]
 
-    Sandboxes whose process 1 is their own keep BPF programs from running there, so an event in an interrupt that
-    catches one of its threads goes uncounted. tracefs sees it; the measurement is then made again.
+
+def on_process_1(line: str) -> bool:
+    """An event in an interrupt that caught a thread of process 1."""
+    task = re.search(r"-(\d+) +\[\d+\]", line)
+    return task is not None and Path("/proc/1/task", task[1]).exists()
+
+
+def addresses(line: str) -> set[str]:
+    """Of an event of a TCP socket, in the form that Python writes them in; IPv4 also where it comes through IPv6."""
+    found = (ip_address(word) for word in re.findall(r"[sd]addr(?:v6)?=([\w.:]+)", line))
+    return {str((one.version == 6 and one.ipv4_mapped) or one) for one in found}
+
+
+def undisturbed(events: tuple[str, ...], disturbs: Callable[[str], bool], measure: Callable[[], T]) -> T:
+    """What `measure` gives when no event came between that `disturbs` tells of, by its line in tracefs.
+
+    Nor one on top of process 1: sandboxes whose process 1 is their own keep BPF programs from running there, so an
+    event in an interrupt that catches one of its threads goes uncounted.
     """
     for _ in range(_ATTEMPTS):
-        with _on_process_1(events) as count:
+        with _traced(events) as lines:
             result = measure()
-            if not count():
+            if not any(on_process_1(line) or disturbs(line) for line in lines()):
                 return result
-    raise AssertionError(f"process 1 was in the way {_ATTEMPTS} times in a row")
+    raise AssertionError(f"something was in the way {_ATTEMPTS} times in a row")
