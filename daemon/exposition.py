@@ -8,31 +8,36 @@ formatted once and kept. Both formats share it: their sample lines differ only i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from daemon.model import EXEMPLAR_LABELS_MAX, Distribution, Exemplar, Family, Metric, Series
 
 _SAMPLE_SUFFIX = {"counter": "_total", "gauge": "", "histogram": "", "info": "_info"}
+_SHOWN_S = 150  # two scrape intervals of a minute, and some
 _SPECIAL_FLOATS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
 class Renderer:
-    """Renders pages and remembers what it formatted and which exemplars it sent. Not for two threads at once.
+    """Renders pages and remembers what it formatted and since when it shows each exemplar. Not for two threads at once.
 
     Of each metric it keeps the series of the last page with this metric and forgets the others. A page without the
-    metric (`collect[]` chose other collectors) forgets nothing of it, or its exemplars would be sent twice.
+    metric (`collect[]` chose other collectors) forgets nothing of it, or its exemplars would be shown anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._metrics: dict[str, _MetricText] = {}
 
     def render(self, families: Sequence[Family], openmetrics: bool, *, mark: bool = True) -> bytes:
         """Return the page, UTF-8; `families` has each metric once.
 
-        Exemplars are in OpenMetrics pages only, and each in one page only; `mark=False` shows those not yet sent and
-        leaves them to the next page. ValueError: a series has not the labels or buckets that its metric declares.
+        Exemplars are in OpenMetrics pages only, each for 150 s from its first page on: every Prometheus of a pair gets
+        it (and stores it once), and pages of what is idle become small again. `mark=False`: this is no first page.
+        ValueError: a series has not the labels or buckets that its metric declares.
         """
         lines: list[str] = []
+        now = self._clock()
         for family in families:
             text = self._metric_text(family.metric)
             lines.append(text.openmetrics_head if openmetrics else text.text_head)
@@ -40,7 +45,7 @@ class Renderer:
             for series in family.series:
                 known = text.series.get(series.labels) or _SeriesText(text, series.labels)
                 used[series.labels] = known
-                known.append_to(lines, series, openmetrics, mark)
+                known.append_to(lines, series, openmetrics, now, mark)
             text.series = used
         if openmetrics:
             lines.append("# EOF")
@@ -75,16 +80,19 @@ class _MetricText:
 
 
 class _SeriesText:
-    """One series' lines up to the blank before the value; `sent` is each bucket's last exemplar, in milliseconds."""
+    """One series' lines up to the blank before the value.
 
-    __slots__ = ("counts", "created", "created_line", "metric", "samples", "sent")
+    `shown` has of each bucket's last exemplar its time in milliseconds, until when it is shown, and its text.
+    """
+
+    __slots__ = ("counts", "created", "created_line", "metric", "samples", "shown")
 
     def __init__(self, text: _MetricText, values: tuple[str, ...]) -> None:
         self.metric = metric = text.metric
         self.counts = metric.type in ("counter", "histogram")  # only these have exemplars and `_created`
         self.created: float | None = None
         self.created_line = ""
-        self.sent: dict[int, int] = {}
+        self.shown: dict[int, tuple[int, float, str]] = {}
         pairs = _pairs(metric, values)
         labels = _braces(pairs)
         if metric.type == "histogram":
@@ -97,7 +105,7 @@ class _SeriesText:
         else:
             self.samples = (f"{text.sample_name}{labels} ",)
 
-    def append_to(self, lines: list[str], series: Series, openmetrics: bool, mark: bool) -> None:
+    def append_to(self, lines: list[str], series: Series, openmetrics: bool, now: float, mark: bool) -> None:
         value = series.value
         if isinstance(value, Distribution):
             numbers = (*value.cumulative, value.count, value.count, _number(value.sum))
@@ -105,13 +113,13 @@ class _SeriesText:
             if openmetrics and value.exemplars:
                 for index, exemplar in value.exemplars.items():
                     if 0 <= index <= len(value.cumulative):
-                        samples[index] += self._exemplar(index, exemplar, mark)
+                        samples[index] += self._exemplar(index, exemplar, now, mark)
             lines += samples
         else:
             (prefix,) = self.samples
             line = f"{prefix}{_number(value)}"
             if openmetrics and self.counts and series.exemplar:
-                line += self._exemplar(0, series.exemplar, mark)
+                line += self._exemplar(0, series.exemplar, now, mark)
             lines.append(line)
         if openmetrics and self.counts and series.created is not None:
             if series.created != self.created:
@@ -120,16 +128,19 @@ class _SeriesText:
                 self.created_line = f"{self.metric.name}_created{labels} {_number(series.created)}"
             lines.append(self.created_line)
 
-    def _exemplar(self, index: int, exemplar: Exemplar, mark: bool) -> str:
+    def _exemplar(self, index: int, exemplar: Exemplar, now: float, mark: bool) -> str:
         try:
             milliseconds = round(exemplar.timestamp * 1000)
         except (OverflowError, ValueError):  # Prometheus refuses the page when a timestamp is not finite
             return ""
-        if milliseconds <= self.sent.get(index, -math.inf):
-            return ""
+        if index in self.shown:
+            known, until, text = self.shown[index]
+            if milliseconds <= known:
+                return text if milliseconds == known and now < until else ""
+        text = f" # {_exemplar_labels(exemplar.labels)} {_number(exemplar.value)} {milliseconds / 1000:.3f}"
         if mark:
-            self.sent[index] = milliseconds
-        return f" # {_exemplar_labels(exemplar.labels)} {_number(exemplar.value)} {milliseconds / 1000:.3f}"
+            self.shown[index] = milliseconds, now + _SHOWN_S, text
+        return text
 
 
 def canonical_float(value: float) -> str:

@@ -37,6 +37,13 @@ GAUGE = Metric("level", "gauge", "Level.")
 HISTOGRAM = Metric("latency_seconds", "histogram", "Latency.", ("device",), "seconds", (2.0**-20, 2.0**-10, 1.0))
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def counter(exemplar: Exemplar | None, value: int = 1) -> list[Family]:
     return [Family(COUNTER, [Series(("a",), value, exemplar=exemplar)])]
 
@@ -205,18 +212,22 @@ def test_created_changes() -> None:
 
 def test_series_that_left_the_page_are_forgotten() -> None:
     """Shown by their exemplars, which are forgotten too."""
-    renderer = Renderer()
+    clock = Clock()
+    renderer = Renderer(clock)
     page = counter(Exemplar((), 1.0, NOW))
     first = renderer.render(page, openmetrics=True)
     renderer.render([Family(COUNTER, [])], openmetrics=True)
+    clock.now = 200
     assert renderer.render(page, openmetrics=True) == first
 
 
 def test_page_of_other_metrics_forgets_nothing() -> None:
-    renderer = Renderer()
+    clock = Clock()
+    renderer = Renderer(clock)
     page = counter(Exemplar((), 1.0, NOW))
     renderer.render(page, openmetrics=True)
     renderer.render([Family(GAUGE, [Series((), 1)])], openmetrics=True)
+    clock.now = 200
     assert b" # " not in renderer.render(page, openmetrics=True)
 
 
@@ -227,22 +238,37 @@ def sent(renderer: Renderer, exemplar: Exemplar, *, om: bool = True, mark: bool 
     return b" # {" in renderer.render(counter(exemplar), om, mark=mark)
 
 
-def test_exemplar_is_sent_once() -> None:
+def test_exemplar_is_in_every_page_for_some_minutes() -> None:
+    """Each server of a pair gets it, the same to the letter, so that each stores it once."""
+    clock = Clock()
+    renderer = Renderer(clock)
+    pages = {renderer.render(counter(Exemplar((), 1.0, NOW)), openmetrics=True) for clock.now in (0, 1, 149)}
+    assert [b" # {" in page for page in pages] == [True]
+    clock.now = 150
+    assert not sent(renderer, Exemplar((), 1.0, NOW))
+    assert sent(renderer, Exemplar((), 1.0, NOW + 1))
+
+
+def test_exemplar_never_goes_back_in_time() -> None:
     renderer = Renderer()
     assert sent(renderer, Exemplar((), 1.0, NOW))
-    assert not sent(renderer, Exemplar((), 1.0, NOW))
     assert not sent(renderer, Exemplar((), 2.0, NOW - 1))
-    assert not sent(renderer, Exemplar((), 2.0, NOW + 0.0001)), "the same millisecond"
-    assert sent(renderer, Exemplar((), 2.0, NOW + 0.001))
+    page = renderer.render(counter(Exemplar((), 2.0, NOW + 0.0001)), openmetrics=True)
+    assert b" # {} 1.0 " in page, "the same millisecond"
+    assert b" # {} 2.0 " in renderer.render(counter(Exemplar((), 2.0, NOW + 0.001)), openmetrics=True)
 
 
-def test_text_and_unmarked_pages_consume_no_exemplar() -> None:
-    renderer = Renderer()
+def test_text_and_unmarked_pages_begin_no_exemplar() -> None:
+    clock = Clock()
+    renderer = Renderer(clock)
     exemplar = Exemplar((), 1.0, NOW)
     assert not sent(renderer, exemplar, om=False)
-    assert sent(renderer, exemplar, mark=False)
-    assert sent(renderer, exemplar, mark=False)
+    for clock.now in (0, 200, 400):
+        assert sent(renderer, exemplar, mark=False)
     assert sent(renderer, exemplar)
+    clock.now += 149
+    assert sent(renderer, exemplar, mark=False)
+    clock.now += 1
     assert not sent(renderer, exemplar, mark=False)
 
 
@@ -258,7 +284,7 @@ def test_buckets_have_exemplars_of_their_own() -> None:
 
     old, new = Exemplar((), 1.0, NOW), Exemplar((), 1.0, NOW + 1)
     assert exemplars({0: old, 3: new}) == ["9.5367431640625e-07", "+Inf"]
-    assert exemplars({0: new, 1: old, 3: new}) == ["9.5367431640625e-07", "0.0009765625"]
+    assert exemplars({0: new, 1: old, 3: old}) == ["9.5367431640625e-07", "0.0009765625"]
     assert exemplars({-1: new, 4: new}) == [], "no such bucket"
 
 
