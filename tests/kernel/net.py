@@ -178,8 +178,8 @@ def wire(lacks: Callable[[str], object]) -> Iterator[tuple[End, End]]:
     tag = f"bpfmetricsd_{os.getpid()}"
     high, low = divmod(next(_SUBNETS) & 0xFFFF, 256)
     ends = first, second = (
-        End(f"{tag}_a", f"10.{high}.{low}.1", f"fd00:{high:x}:{low:x}::1"),
-        End(f"{tag}_b", f"10.{high}.{low}.2", f"fd00:{high:x}:{low:x}::2"),
+        End(f"{tag}_a", f"10.{high}.{low}.1", str(ip_address(f"fd00:{high:x}:{low:x}::1"))),
+        End(f"{tag}_b", f"10.{high}.{low}.2", str(ip_address(f"fd00:{high:x}:{low:x}::2"))),
     )
     with ExitStack() as undo:
         for end in ends:

@@ -168,9 +168,7 @@ def lab(load: Any, wire: Wire) -> Lab:
     return Lab(load("tcpretrans", by="remote_subnet"), wire)
 
 
-@pytest.mark.parametrize(
-    ("by", "forbid"), [("none", ""), ("none", "tp_btf"), ("remote_subnet", ""), ("local_port", "")]
-)
+@pytest.mark.parametrize(("by", "forbid"), [("none", ""), ("none", "tp_btf"), ("local_port", "")])
 def test_a_tenth_of_all_packets_is_lost(load: Any, wire: Wire, by: str, forbid: str) -> None:
     """A packet may hold many segments."""
     lab = Lab(load("tcpretrans", forbid=forbid, by=by), wire, own=False)
@@ -184,10 +182,9 @@ def test_a_tenth_of_all_packets_is_lost(load: Any, wire: Wire, by: str, forbid: 
     assert found.by(1)["established"] > 20
 
 
-@pytest.mark.parametrize("forbid", ["", "tp_btf"])
 @pytest.mark.parametrize(("lost", "size"), [(100, 2 << 20), (2, 15_000)], ids=["1%", "50%"])
-def test_a_share_of_all_data_is_lost(load: Any, wire: Wire, lost: int, size: int, forbid: str) -> None:
-    lab = Lab(load("tcpretrans", forbid=forbid), wire, own=False)
+def test_a_share_of_all_data_is_lost(load: Any, wire: Wire, lost: int, size: int) -> None:
+    lab = Lab(load("tcpretrans"), wire, own=False)
     for end in wire:
         end.single_packets()
 
@@ -385,7 +382,7 @@ def test_sends_that_fail(lab: Lab, lacks: Callable[[str], object]) -> None:
             source, sink = net.connect(near, far, family)
             with source, sink:
                 net.move(source, sink, 100)
-                enough = near.counters()["TcpExt.TCPRetransFail"] + 3
+                enough = near.counters()["TcpExt.TCPRetransFail"] + 2
                 with far.rule("INPUT", "-p", "tcp", "-j", "DROP", family=family):
                     sending = net.send(source, 100_000)
                     with near.rule("OUTPUT", "-p", "tcp", "-j", "DROP", family=family):
@@ -394,7 +391,7 @@ def test_sends_that_fail(lab: Lab, lacks: Callable[[str], object]) -> None:
                 sending.join()
 
     found = lab.measure(traffic)
-    assert all(found.failures[family] >= 3 for family in FAMILIES)
+    assert all(found.failures[family] >= 2 for family in FAMILIES)
 
 
 def test_sends_that_fail_for_want_of_a_route_further_down(lab: Lab) -> None:
@@ -524,9 +521,9 @@ def test_coverage_of_the_loaders_network_namespace(load: Any, wire: Wire, monkey
     def once() -> list[float | None]:
         with near.inside():
             lab = Lab(load("tcpretrans"), wire, own=False)
-        for family in FAMILIES:
-            with near.rule(*first(1, handshake_size(family), *SYNACK), family=family):
-                lab.bulk(family, 1 << 20, lambda end: end.random_loss(0.1))
+        with far.rule(*first(1, handshake_size("ipv4"), *SYNACK), family="ipv4"):  # one of ours, on the way there
+            for family in FAMILIES:
+                lab.bulk(family, 500_000, lambda end: end.random_loss(0.1))
         for end in wire:
             net.wait_for(end.quiet, f"the sockets of {end.name} to go")
         with near.inside():
