@@ -23,7 +23,7 @@ lint: ## ruff, mypy, shell and YAML checks
 	$(PYTHON) -m mypy
 	shellcheck packaging/bootstrap .ci/run packaging/build-deb packaging/completion/bpfmetricsd \
 		packaging/debian/bpfmetricsd.postinst packaging/debian/bpfmetricsd.prerm packaging/debian/bpfmetricsd.postrm
-	$(PYTHON) -m yamllint -c config/yamllint.yaml config grafana/provisioning
+	$(PYTHON) -m yamllint -c config/yamllint.yaml config grafana/provisioning packaging/k8s
 
 deb: ## build the Debian package into dist/
 	@packaging/bootstrap test
