@@ -3,7 +3,8 @@
 
 A connection counts as opened when it is established, and enters the histograms when it reaches CLOSE (or hands over to
 TIME_WAIT). Payload is without SYN, FIN and retransmissions. Connections that are older than the programs have a
-duration of at least what is shown: it runs from the moment of loading.
+duration of at least what is shown: it runs from the moment of loading. Of these only those of the loader's network
+namespace are known; the kernel does not show a process the sockets of others.
 """
 
 from __future__ import annotations

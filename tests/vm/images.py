@@ -63,8 +63,9 @@ _UNPACKED_NOT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", 
 BOOT_MODULES = ("crc32c_generic?", "virtio_pci", "virtio_blk", "ext4")
 MODULES = (
     "xfs", "loop", "null_blk", "brd", "dm_mod", "dm_delay", "dm_flakey", "scsi_debug",
-    "veth", "dummy", "bridge", "sch_netem", "sch_fq", "tcp_bbr", "ipv6",
+    "veth", "dummy", "bridge", "sch_netem", "sch_fq", "sch_tbf", "tcp_bbr", "ipv6",
     "ip_tables", "ip6_tables", "iptable_filter", "ip6table_filter", "iptable_nat",
+    "iptable_mangle", "ip6table_mangle", "xt_length", "xt_quota",
     "nf_tables", "nft_compat", "nft_counter", "nft_chain_nat", "x_tables",
     "xt_statistic", "xt_tcpudp", "xt_conntrack", "xt_multiport", "xt_limit", "xt_comment",
     "xt_mark", "xt_addrtype", "ipt_REJECT", "ip6t_REJECT", "nf_reject_ipv4", "nft_limit", "nft_numgen",
