@@ -46,5 +46,12 @@ def test_ratio(began: dict[str, str], now: dict[str, str], ratio: float | None) 
     assert coverage.ratio(with_truth("a"), began, now, {"events": [Row(0, 15_000)]}) == ratio
 
 
+@pytest.mark.parametrize("unit", ["bpfmetricsd-load.service", "bpfmetricsd.service"])
+def test_loader_and_server_are_in_the_hosts_network_namespace(unit: str) -> None:
+    text = (Path(__file__).parents[2] / "packaging/systemd" / unit).read_text()
+    options = {line.partition("=")[0] for line in text.splitlines()}
+    assert options.isdisjoint({"PrivateNetwork", "NetworkNamespacePath", "JoinsNamespaceOf"})
+
+
 def test_no_ratio_without_an_account() -> None:
     assert coverage.ratio(replace(COLLECTOR, truth=None), {}, {}, {}) is None
