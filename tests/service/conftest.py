@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,23 @@ from tests.service.machine import Machine
 from tests.vm.images import CannotBuildError
 
 PROJECT = Path(__file__).resolve().parents[2]
+CHOICE = "BPFMETRICSD_SUITES"  # by name, with commas; all where it is not set
+NEXT, AFTER_NEXT = "99.0", "100.0"
+CHANGED = "cachestat"  # the collector that has other maps in the version AFTER_NEXT
+
+
+def _suites() -> pytest.MarkDecorator:
+    """Runs a test on each suite. Debian 12's is part of the tests that everybody runs."""
+    every = (root.SUITE, *root.LATER)
+    wanted = [name.strip() for name in os.environ.get(CHOICE, "").split(",") if name.strip()] or every
+    assert set(wanted) <= set(every), f"{CHOICE}: known are {', '.join(every)}"
+    marks = {name: [pytest.mark.vm] if name in root.LATER else [] for name in wanted}
+    return pytest.mark.parametrize(
+        "suite", [pytest.param(name, marks=marks[name]) for name in wanted], indirect=True, scope="session"
+    )
+
+
+SUITES = _suites()
 
 
 @pytest.fixture(scope="session")
@@ -29,15 +48,55 @@ def tools(lacks: Callable[[str], NoReturn]) -> None:
 
 
 @pytest.fixture(scope="session")
-def packages(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
-    """A folder with the package, and in `next` one of a higher version."""
+def suite(request: pytest.FixtureRequest) -> str:
+    """Debian's name for its release: the one of `SUITES` that a test is run with, or Debian 12."""
+    return str(getattr(request, "param", root.SUITE))
+
+
+@pytest.fixture(scope="session")
+def tree(tools: None, suite: str, lacks: Callable[[str], NoReturn]) -> Path:  # noqa: ARG001
+    """A root file system of the suite, without the package."""
+    try:
+        return root.build(suite)
+    except CannotBuildError as error:
+        lacks(f"no root file system: {error}")
+
+
+@pytest.fixture(scope="session")
+def packages(suite: str, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package, and in `next` one of a higher version, in `layout` one whose maps are different, too.
+
+    They are built by the tools of the suite: by the host's where it is of that suite, otherwise inside of a root.
+    """
     folder = tmp_path_factory.mktemp("packages")
-    build = PROJECT / "packaging/build-deb"
-    for arguments in (["-o", str(folder)], ["-o", str(folder / "next"), "-V", "99.0"]):
-        done = subprocess.run([build, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
     folder.chmod(0o755)
+    if platform.freedesktop_os_release().get("VERSION_CODENAME") == suite:
+        build = PROJECT / "packaging/build-deb"
+        for arguments in (["-o", str(folder)], ["-o", str(folder / "next"), "-V", NEXT]):
+            done = subprocess.run([build, *arguments], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    else:
+        root.build_packages(tree, folder, NEXT)
+    _other_layout(folder)
     return folder
+
+
+def _other_layout(packages: Path) -> None:
+    """The package of the higher version with one map more for one collector."""
+    (deb,) = (packages / "next").glob("*.deb")
+    unpacked, made = packages / "unpacked", packages / "layout"
+    subprocess.run(["dpkg-deb", "-R", deb, unpacked], check=True)
+    for path, old, new in (
+        ("DEBIAN/control", f"Version: {NEXT}", f"Version: {AFTER_NEXT}"),
+        ("usr/lib/bpfmetricsd/daemon/__init__.py", f'"{NEXT}"', f'"{AFTER_NEXT}"'),
+        (f"usr/lib/bpfmetricsd/bpf/{CHANGED}.bpf.c", '#include "program.h"\n', "\\g<0>BPF_ARRAY(one_more, u64, 1);\n"),
+    ):
+        text, found = re.subn(re.escape(old), new, (unpacked / path).read_text())
+        assert found == 1, f"{path} has no {old}"
+        (unpacked / path).write_text(text)
+    made.mkdir()
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-b", unpacked, made], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(unpacked)
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +106,8 @@ def deb(packages: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def computer(packages: Path, lacks: Callable[[str], NoReturn]) -> Iterator[Machine]:
+def computer(tree: Path, packages: Path) -> Iterator[Machine]:
     """A machine without the package."""
-    try:
-        tree = root.build()
-    except CannotBuildError as error:
-        lacks(f"no root file system: {error}")
     with machine.booted(tree, packages) as one:
         one.write("/etc/apt/apt.conf.d/90test", 'APT::Get::Assume-Yes "true";\nAPT::Install-Recommends "false";\n')
         yield one

@@ -110,14 +110,9 @@ def booted(root: Path, packages: Path) -> Iterator[Machine]:
         nspawn = (
             *("systemd-nspawn", "--quiet", "--boot", f"--directory={root}", f"--machine={name}", "--volatile=overlay"),
             *("--keep-unit", "--register=no", "--console=pipe", "--network-veth", "--capability=all"),
-            *("--system-call-filter=bpf perf_event_open", f"--bind={bpffs}:/sys/fs/bpf"),
-            *(
-                f"--bind-ro={packages}:/packages",
-                "--resolv-conf=off",
-                "--timezone=off",
-                "--link-journal=no",
-                "--kill-signal=SIGRTMIN+3",
-            ),
+            *("--drop-capability=CAP_SYS_MODULE", "--system-call-filter=bpf perf_event_open"),
+            *(f"--bind={bpffs}:/sys/fs/bpf", f"--bind-ro={packages}:/packages", "--resolv-conf=off", "--timezone=off"),
+            *("--link-journal=no", "--kill-signal=SIGRTMIN+3"),
         )
         process = subprocess.Popen(
             ["sh", "-c", f'{joins} exec "$@"', "sh", *nspawn], stdin=subprocess.DEVNULL, stdout=console, stderr=console,

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Debian root file system without bpfmetricsd, and with the packages that it depends on ready for apt to install.
 
-It is made from the mirror that the host's apt uses and kept in a cache; containers only ever use it as a lower layer.
+Those that it is built with lie there too. It is made from the mirror that the host's apt uses and kept in a cache;
+containers only ever use it as a lower layer.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -20,8 +22,11 @@ from tests.vm.images import KEYRING, CannotBuildError, apt_options, mirror
 CACHE = "BPFMETRICSD_SERVICE_CACHE"
 DEFAULT_CACHE = Path("/var/cache/bpfmetricsd-service")
 SUITE = "bookworm"
+LATER = ("trixie", "forky")  # Debian 13 and testing
 PACKAGES = ("systemd-sysv", "dbus", "curl")
-CONTROL = Path(__file__).resolve().parents[2] / "packaging/debian/control"
+BUILDERS = ("debhelper", "dh-python", "dpkg-dev")
+PROJECT = Path(__file__).resolve().parents[2]
+CONTROL = PROJECT / "packaging/debian/control"
 TOOLS = {
     "systemd-nspawn": "systemd-container", "mmdebstrap": "mmdebstrap", "dpkg-buildpackage": "dpkg-dev",
     "dh": "debhelper", "dh_python3": "dh-python", "nsenter": "util-linux", "ip": "iproute2",
@@ -42,26 +47,49 @@ def depends(control: str) -> list[str]:
     return ["python3", *(word for word in words if word and not word.startswith("$"))]
 
 
-def build() -> Path:
+def build(suite: str = SUITE) -> Path:
     """The folder, from the cache or anew. Raises `CannotBuildError`."""
     cache = Path(os.environ.get(CACHE) or DEFAULT_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    wanted = depends(CONTROL.read_text())
-    recipe = repr((Path(__file__).read_text(), wanted))
-    root = cache / f"root-{SUITE}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    wanted = [*depends(CONTROL.read_text()), *BUILDERS]
+    recipe = hashlib.sha256(repr((inspect.getsource(_make), PACKAGES, wanted)).encode()).hexdigest()[:12]
+    root = cache / f"root-{suite}-{recipe}"
     with open(cache / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for path in cache.glob("root-*"):
-            if path != root:
+            if not path.name.endswith(recipe):
                 shutil.rmtree(path)
         if not root.exists():
             with tempfile.TemporaryDirectory(prefix="root-building-", dir=cache) as folder:
-                _make(Path(folder) / "made", wanted)
+                _make(suite, Path(folder) / "made", wanted)
                 (Path(folder) / "made").rename(root)
     return root
 
 
-def _make(tree: Path, wanted: list[str]) -> None:
+def build_packages(root: Path, into: Path, higher: str) -> None:
+    """The package, built from the checkout by the tools of a root, and one of a `higher` version in `next`."""
+    done = subprocess.run(
+        [
+            *("systemd-nspawn", "--quiet", f"--directory={root}", "--volatile=overlay", "--register=no", "--keep-unit"),
+            *(f"--machine=bpfmetricsd-build-{os.getpid()}", "--pipe", "--private-network", "--timezone=off"),
+            *("--resolv-conf=off", "--link-journal=no", f"--bind-ro={PROJECT}:/checkout", f"--bind={into}:/out"),
+            *("sh", "-ec", _BUILD, "sh", higher),
+        ],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS,
+    )  # fmt: skip
+    if done.returncode:
+        raise AssertionError(f"the package does not build in {root.name}:\n{done.stdout}{done.stderr}")
+
+
+_BUILD = f"""\
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
+apt-get install -y -q --no-install-recommends {" ".join(BUILDERS)} >/tmp/log 2>&1 || {{ cat /tmp/log; exit 1; }}
+/checkout/packaging/build-deb -o /out
+/checkout/packaging/build-deb -o /out/next -V "$1"
+"""
+
+
+def _make(suite: str, tree: Path, wanted: list[str]) -> None:
     archives = 'rm -f "$1"/var/cache/apt/archives/*.deb'
     download = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get install -y --download-only {" ".join(wanted)}'
     command = [
@@ -70,7 +98,7 @@ def _make(tree: Path, wanted: list[str]) -> None:
         '--aptopt=APT::Keep-Downloaded-Packages "true"', "--dpkgopt=path-exclude=/usr/share/locale/*",
         *(f"--aptopt={line.rstrip(';')}" for line in apt_options()),
         *("--skip=cleanup/apt", f"--customize-hook={archives}", f"--customize-hook={download}"),
-        *(SUITE, str(tree), mirror(SUITE)),
+        *(suite, str(tree), mirror(suite)),
     ]  # fmt: skip
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS)
     if done.returncode:

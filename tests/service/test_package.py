@@ -11,10 +11,10 @@ from typing import NoReturn
 
 import pytest
 
-from tests.service.conftest import PROJECT
+from tests.service.conftest import PROJECT, SUITES
 from tests.service.root import CONTROL, depends
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, SUITES]
 
 SHARED = {
     "config/rules/*.yaml": "usr/share/bpfmetricsd/rules",

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package under a real systemd, as an operator lives with it; in this order, from installing it to purging it."""
+"""The package under a real systemd, as an operator lives with it; in this order, from installing it to purging it.
+
+On Debian 12, and on the later ones where other systems are booted too (`make test-vm`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ssl
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +18,11 @@ import pytest
 
 import collectors
 from collectors import oomkill
-from tests.service.conftest import blocks
+from daemon import __version__
+from tests.service.conftest import AFTER_NEXT, CHANGED, NEXT, SUITES, blocks
 from tests.service.machine import PORT, THEIRS, Machine, remove_group, wait_for
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, SUITES]
 
 SERVER, LOADER, SOCKET = "bpfmetricsd.service", "bpfmetricsd-load.service", "bpfmetricsd.socket"
 CONFIG = "/etc/bpfmetricsd/bpfmetricsd.yaml"
@@ -218,6 +224,60 @@ def test_passwords_are_checked(machine: Machine) -> None:
     assert asked == ["401", "200", "401"]
 
 
+@contextlib.contextmanager
+def certified(machine: Machine, folder: Path) -> Iterator[ssl.SSLContext]:
+    """A certificate and its key in /etc/bpfmetricsd/tls, readable to root; what a client needs to check it."""
+    request = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    names = ("-subj", "/CN=test", "-addext", f"subjectAltName=IP:{THEIRS}", "-days", "2")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run([*request, *names, "-out", cert, "-keyout", key], check=True, capture_output=True)
+    for path in (cert, key):
+        machine.write(f"/etc/bpfmetricsd/tls/{path.name}", path.read_text())
+    machine.run("sh", "-c", "chown root:root /etc/bpfmetricsd/tls/*; chmod 600 /etc/bpfmetricsd/tls/*")
+    try:
+        yield ssl.create_default_context(cafile=str(cert))
+    finally:
+        machine.run("rm", "-rf", "/etc/bpfmetricsd/tls", f"/run/systemd/system/{SERVER}.d")
+        machine.write(CONFIG, BASE)
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "restart", SERVER)
+
+
+TLS = "tls_server_config: {cert_file: cert.pem, key_file: key.pem}\n"
+
+
+def https(client: ssl.SSLContext) -> str:
+    with urllib.request.urlopen(f"https://{THEIRS}:{PORT}/metrics", timeout=10, context=client) as answer:
+        return str(answer.read().decode())
+
+
+def test_https_with_a_key_of_the_services_group(machine: Machine, tmp_path: Path) -> None:
+    with certified(machine, tmp_path) as client:
+        machine.write("/etc/bpfmetricsd/tls/web.yaml", TLS)
+        machine.run("sh", "-c", "chgrp bpfmetricsd /etc/bpfmetricsd/tls/*; chmod 640 /etc/bpfmetricsd/tls/*")
+        machine.write(CONFIG, BASE.replace("server: {", "server: {web_config: /etc/bpfmetricsd/tls/web.yaml, "))
+        machine.run("systemctl", "restart", SERVER)
+        assert "\nbpfmetricsd_collector_up{" in https(client)
+
+
+def test_https_with_a_key_of_roots(machine: Machine, tmp_path: Path) -> None:
+    """systemd reads it and hands it over: no user but root and the service gets to see it."""
+    with certified(machine, tmp_path) as client:
+        machine.write("/etc/bpfmetricsd/tls/web.yaml", TLS)
+        machine.run("chmod", "600", "/etc/bpfmetricsd/tls/web.yaml")
+        credentials = "".join(
+            f"LoadCredential={name}:/etc/bpfmetricsd/tls/{name}\n" for name in ("web.yaml", "cert.pem", "key.pem")
+        )
+        machine.write(f"/run/systemd/system/{SERVER}.d/tls.conf", f"[Service]\n{credentials}")
+        own = f"/run/credentials/{SERVER}/web.yaml"
+        machine.write(CONFIG, BASE.replace("server: {", f"server: {{web_config: {own}, "))
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "restart", SERVER)
+        assert "\nbpfmetricsd_collector_up{" in https(client)
+        seen = machine.run("runuser", "-u", "bpfmetricsd", "--", "cat", "/etc/bpfmetricsd/tls/key.pem", check=False)
+        assert seen.returncode != 0
+
+
 def test_a_faulty_configuration_fails_to_reload_and_changes_nothing(machine: Machine) -> None:
     before = machine.scrape()
     machine.write(CONFIG, BASE + "intervall: 5s\n")
@@ -304,14 +364,49 @@ def test_an_oom_kill_is_in_the_journal_with_every_field(machine: Machine) -> Non
     assert entry["BPF_TIMESTAMP"].endswith("Z")
 
 
+def is_version(machine: Machine, version: str) -> None:
+    """Server and programs."""
+    samples = machine.scrape()
+    assert any(key.startswith("bpfmetricsd_build_info{") and f'version="{version}"' in key for key in samples)
+    assert f'"version": "{version}"' in machine.run("cat", "/run/bpfmetricsd/runqlat.json").stdout
+
+
 def test_an_upgrade_loses_no_count(machine: Machine) -> None:
     before, pid = machine.scrape(), machine.pid()
     machine.run("sh", "-c", "apt install /packages/next/*.deb")
     assert machine.pid() != pid
-    after = goes_on(machine, before)
-    assert any(key.startswith("bpfmetricsd_build_info{") and 'version="99.0"' in key for key in after)
-    assert '"version": "99.0"' in machine.run("cat", "/run/bpfmetricsd/runqlat.json").stdout  # programs, too
+    goes_on(machine, before)
+    is_version(machine, NEXT)
     assert machine.run("cat", CONFIG).stdout == BASE
+
+
+def test_a_downgrade_loses_no_count(machine: Machine, deb: Path) -> None:
+    before, pid = machine.scrape(), machine.pid()
+    machine.run("apt", "install", "--allow-downgrades", f"/packages/{deb.name}")
+    assert machine.pid() != pid
+    goes_on(machine, before)
+    is_version(machine, __version__)
+    assert machine.run("cat", CONFIG).stdout == BASE
+
+
+def created(machine: Machine) -> float:
+    """Since when the collector counts whose maps will change, as Prometheus is told."""
+    url = f"http://127.0.0.1:{PORT}/metrics"
+    page = machine.run("curl", "-sS", "-H", "Accept: application/openmetrics-text; version=1.0.0", url).stdout
+    (line,) = (line for line in page.splitlines() if line.startswith("bpf_page_cache_misses_created "))
+    return float(line.split()[1])
+
+
+def test_an_upgrade_to_other_maps_begins_their_counts_anew(machine: Machine) -> None:
+    """And says so by the time of their creation. Those of the other collectors go on."""
+    before, then = started(machine.scrape()), created(machine)
+    machine.run("sh", "-c", "apt install /packages/layout/*.deb")
+    is_version(machine, AFTER_NEXT)
+    after = started(all_up(machine))
+    assert {key for key in after if after[key] != before[key]} == {
+        f'bpfmetricsd_collector_started_timestamp_seconds{{collector="{CHANGED}"}}'
+    }
+    assert created(machine) > then
 
 
 def test_systemd_may_hold_the_socket(machine: Machine) -> None:
