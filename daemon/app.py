@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl
 
 from daemon.exposition import Renderer
+from daemon.look import POLICY
 from daemon.model import Family
 from daemon.negotiation import accepts_gzip, content_type, negotiate
 
@@ -80,12 +81,13 @@ class Snapshot:
 
 
 class App:
-    """The ASGI application. A snapshot stays for SHARE_SECONDS: scrapes of that moment share it."""
+    """The ASGI application. A snapshot stays for SHARE_SECONDS: scrapes of that moment share it, and so do people."""
 
     def __init__(self, source: Source, web: WebConfig | None) -> None:
         self._source = source
         self._web = web
         self._renderer = Renderer()
+        self._text: bytes | None = None  # of the page for people
         self._snapshots: dict[frozenset[str] | None, Snapshot] = {}
         self._routes: dict[str, Callable[[Request], Answer]] = {
             "/": self._page,
@@ -133,13 +135,18 @@ class App:
             return _line(500, "this answer failed; the service's log says why")
 
     def _page(self, _: Request) -> Answer:
-        policy = b"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
         headers = {
             b"content-type": b"text/html; charset=utf-8",
-            b"content-security-policy": policy + b"; frame-ancestors 'none'",
+            b"content-security-policy": POLICY.encode(),
             b"referrer-policy": b"no-referrer",
         }
-        return Answer(200, self._source.page().encode(errors="replace"), headers)
+        if self._text is None:
+            self._text = self._source.page().encode(errors="replace")
+            asyncio.get_running_loop().call_later(SHARE_SECONDS, self._forget)
+        return Answer(200, self._text, headers)
+
+    def _forget(self) -> None:
+        self._text = None
 
     def _metrics(self, request: Request) -> Answer:
         query = parse_qsl(request.query.decode("latin-1"), keep_blank_values=True)

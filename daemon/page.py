@@ -1,115 +1,207 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page for people: collectors, their health, a picture of each histogram. No scripts, nothing from elsewhere."""
+"""The page for people: what this host is doing right now. Everything on it is escaped here, whoever named it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
-from daemon import histogram
-from daemon.model import Distribution, Family, Metric
+from daemon import recent, triage
+from daemon.cards import CARDS, Card, View
+from daemon.look import SCRIPT, STYLE
+from daemon.recent import Now
+from daemon.triage import RESOURCES, Finding
+from daemon.words import age, amount, count, hooks, share
 
-_WIDTH, _HEIGHT, _FOOT = 360, 90, 16
-_TIMES = ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s"))
-_SIZES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
-_LINKS = ("/metrics", "/status", "/-/ready", "/-/healthy")
-_STYLE = """
-:root { color-scheme: light dark; --line: #ccc; --bar: #2563a8; --bad: #b3261e; --dim: #666; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --bar: #6ea8e6; --bad: #f2857d; --dim: #aaa; } }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
-.bad { color: var(--bad); font-weight: 600; } .dim { color: var(--dim); }
-code { overflow-wrap: anywhere; }
-figure { display: inline-block; margin: 0 1.5rem 1.5rem 0; width: 22.5rem; max-width: 100%; }
-svg { width: 100%; height: auto; } rect { fill: var(--bar); } text { fill: var(--dim); font-size: 10px; }
+Status = Mapping[str, Any]
+REFRESH_SECONDS = 5  # without JavaScript
+
+_LINKS = {"metrics": "metrics", "status": "status", "-/ready": "ready", "#about": "how to read this"}
+_ICON = (
+    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'>"
+    "<circle cx='4' cy='4' r='4' fill='{}'/></svg>"
+)
+_STATISTICS_OFF = """
+<p class="dim">The kernel counts what programs cost once <code>sysctl kernel.bpf_stats_enabled=1</code> is set.</p>
+"""
+_ABOUT = f"""
+<p>A figure is of the seconds named at the top; an outline, and what is since start, is of all since counting
+began. Quantiles are found within buckets that double, as Prometheus does: within a factor of two they are certain. All
+time axes are the same. Cost is time on one CPU.</p>
+<p>Colour means trouble. A disk is slow where one request in a hundred takes over
+{amount(triage.DISK_SECONDS, "seconds")} and over {triage.DISK_TIMES} times what is usual, or over
+{amount(triage.DISK_ALWAYS, "seconds")}; failing where requests fail. CPUs are saturated where one wait in a hundred is
+over {amount(triage.WAIT_SECONDS, "seconds")}. Memory ran out where processes were killed; the page cache misses where
+over {count(triage.MISS_RATE)} pages a second are not in it and hits are below {share(triage.HIT_SHARE)} of the usual.
+The network loses where over {share(triage.RETRANSMIT_SHARE)} of the segments sent by the host's own network namespace
+(over {triage.RETRANSMIT_MANY}/s where that is not known) are sent again. Kills and failures stay for the minutes that
+the pictures show.</p>
+<p>In a terminal: <code>bpfmetricsd show NAME 1</code>, <code>bpfmetricsd status</code>. Documentation:
+<code>man bpfmetricsd</code>, <code>man bpfmetricsd.yaml</code>, <code>docs/operating.md</code>.</p>
 """
 
 
-def render(status: Mapping[str, Any], families: Sequence[Family]) -> str:
+def render(status: Status, view: View, host: str) -> str:
     """The whole page. `status` is what `/status` answers."""
-    links = " · ".join(f'<a href="{path}">{path}</a>' for path in _LINKS)
-    rows = "\n".join(_row(name, one) for name, one in status["collectors"].items())
-    pictures = "\n".join(figure for family in families if (figure := _figure(family)))
-    verdict = "All is well." if status["ready"] else '<span class="bad">Not well.</span>'
-    remarks = "".join(f"<li>{escape(str(one))}</li>" for one in (*status["reasons"], *status["notes"]))
+    up = {name: bool(one["up"]) for name, one in status["collectors"].items()}
+    findings = triage.triage(view.now, up)
+    problems = [one.sentence for one in findings.values() if one.bad]
+    if not status["ready"]:
+        problems.append("bpfmetricsd is not well.")
+    bad = bool(problems)
+    verdict = " ".join(problems) or "All is well."
+    rows = "".join(_row(name, one, status, view) for name, one in status["collectors"].items())
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>bpfmetricsd</title><style>{_STYLE}</style></head>
+<title>{escape(f"{verdict} {host}")}</title>
+<link rel="icon" href="{escape(_ICON.format("%23c8321f" if bad else "%235b6670"))}">
+<noscript><meta http-equiv="refresh" content="{REFRESH_SECONDS}"></noscript>
+<style>{STYLE}</style><script>{SCRIPT}</script></head>
 <body>
-<h1>bpfmetricsd</h1>
-<p>{verdict} <span class="dim">Version {escape(status["version"])}, kernel {escape(status["kernel"])}.</span></p>
-<p>{links}</p>
-{f"<ul>{remarks}</ul>" if remarks else ""}
+<p class="silent" role="status"></p>
+<header>
+<h1{' class="bad"' if bad else ""}>{escape(verdict)}</h1>
+<p class="dim">{escape(_about_now(status, view, host))}</p>
+<nav>{" ".join(f'<a href="{path}">{name}</a>' for path, name in _LINKS.items())}</nav>
+</header>
+{_notes(status, view.now)}
+<main class="board">
+{"".join(_resource(name, findings[name], status, view) for name in RESOURCES)}<section class="measured">
+<h2>How it is measured</h2>
 <table>
-<tr><th>Collector</th><th>State</th><th>Hooks</th><th>Fidelity</th><th>Lost</th></tr>
-{rows}
+<thead><tr>{"".join(f"<th>{one}</th>" for one in _COLUMNS)}</tr></thead>
+<tbody>
+{rows}</tbody>
 </table>
-<h2>Since counting began</h2>
-{pictures or '<p class="dim">Nothing counted yet.</p>'}
+{_STATISTICS_OFF if "not counted" in rows else ""}</section>
+</main>
+<section class="about" id="about">
+<h2>How to read this</h2>
+{_ABOUT.strip()}
+</section>
 </body>
 </html>
 """
 
 
-def _row(name: str, one: Mapping[str, Any]) -> str:
-    programs = one.get("programs", {})
-    hooks = "<br>".join(f"<code>{escape(each['hook'])}</code>" for each in programs.values())
-    reasons = dict.fromkeys(each["reason"] for each in programs.values() if each["reason"])
-    fidelity = "<br>".join(escape(f"approximate: {reason}") for reason in reasons) or ("exact" if programs else "")
-    lost = "<br>".join(f"{count} {escape(reason)}" for reason, count in one.get("lost", {}).items() if count)
-    state = "up" if one["up"] else '<span class="bad">down</span>'
-    cells = (f"<code>{escape(name)}</code>", state, hooks, fidelity, lost or ("0" if programs else ""))
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+def _about_now(status: Status, view: View, host: str) -> str:
+    """`db1, 14:03:11 UTC, the last 12 s`"""
+    clock = time.strftime("%H:%M:%S %Z", time.localtime(view.wall))
+    window = f"the last {view.now.change.seconds:.0f} s" if view.now.change else "the first reading"
+    return f"{host} at {clock}, {window}. Linux {status['kernel']}, bpfmetricsd {status['version']}"
 
 
-def _figure(family: Family) -> str:
-    """A histogram over all its labels; empty for what is none, or has counted nothing."""
-    total: Distribution | None = None
-    for series in family.series:
-        if isinstance(series.value, Distribution):
-            total = histogram.add(total, series.value) if total else series.value
-    if total is None or not total.count:
+def _notes(status: Status, now: Now) -> str:
+    """What is not well with the daemon itself, then what a person should know."""
+    lines = [("bad", one) for one in status["reasons"]]
+    if now.change:
+        for key, lost in now.change.values.get(recent.LOST, {}).items():
+            if recent.size(lost):
+                lines.append(("bad", f"{key[0]} loses events now: {count(recent.size(lost))} by {key[1]}"))
+    lines += [("dim", one) for one in status["notes"]]
+    items = "".join(f'<li class="{kind}">{escape(str(one))}</li>' for kind, one in lines)
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def _resource(name: str, finding: Finding, status: Status, view: View) -> str:
+    """A resource's head, and its collectors. The style puts all heads first where there is no room for columns."""
+    kind = "bad" if finding.bad else "calm"
+    cards = [
+        _card(one, status["collectors"][one], view, finding.collector == one)
+        for one in RESOURCES[name]
+        if one in status["collectors"]
+    ]
+    target = next((one for one in RESOURCES[name] if one in status["collectors"]), "about")
+    return f"""<section class="resource">
+<a class="head {kind}" href="#{target}"><h2>{name}</h2>
+<p class="word">{escape(finding.word)}</p><p class="why">{escape(finding.sign)}</p></a>
+<div class="cards">{"".join(cards)}</div>
+</section>
+"""
+
+
+def _card(name: str, one: Status, view: View, bad: bool) -> str:
+    link = f'<a href="metrics?collect[]={quote(name)}">{escape(name)}</a>'
+    made = _made(name, view) if one["up"] else None
+    if made is None:
+        why = escape(str(one["error"] or "no reading yet"))
+        return f'<article class="card" id="{escape(name)}"><h3>{link}</h3><p class="bad">{why}</p></article>'
+    trail = f'<div class="trail">{made.trail}<span class="dim">{escape(made.beside)}</span></div>' if made.trail else ""
+    figure = f'<p class="figure">{escape(made.figure)}</p><p class="says">{escape(made.says)}</p>'
+    return f"""
+<article class="card{" bad" * bad}" id="{escape(name)}"><h3>{escape(made.title)} {link}</h3>
+<div class="sum"><div>{figure}</div>{trail}</div>
+<figure>{made.picture}<figcaption>{escape(made.caption)}</figcaption></figure>
+{_table(made)}{_list(made.remarks)}</article>
+"""
+
+
+def _made(name: str, view: View) -> Card | None:
+    """None where the reading is older than the collector."""
+    try:
+        return CARDS[name](view)
+    except KeyError:
+        return None
+
+
+def _table(card: Card) -> str:
+    if not card.table:
         return ""
-    metric = family.metric
-    mean = _amount(total.sum / total.count, metric.unit)
-    facts = f"<code>{escape(metric.name)}</code>, {total.count} events, mean {mean}"
-    caption = f'{escape(metric.help)}<br><span class="dim">{facts}</span>'
-    return f"<figure>{_svg(metric, total)}<figcaption>{caption}</figcaption></figure>"
-
-
-def _svg(metric: Metric, value: Distribution) -> str:
-    """A bar for each bucket from the first to the last that holds something, and the bounds at both ends."""
-    edges = (0.0, *metric.bounds, float("inf"))
-    counts = histogram.buckets(value)
-    used = [i for i, count in enumerate(counts) if count]
-    first, last, most = used[0], used[-1], max(counts)
-    step = _WIDTH / max(8, last - first + 1)
-    bars = []
-    for i in range(first, last + 1):
-        high = round(max(1.0, _HEIGHT * counts[i] / most) if counts[i] else 0, 1)
-        name = f"{_amount(edges[i], metric.unit)} to {_amount(edges[i + 1], metric.unit)}: {counts[i]}"
-        bars.append(
-            f'<rect x="{(i - first) * step + 1:.1f}" y="{_HEIGHT - high:.1f}" width="{step - 2:.1f}" height="{high}">'
-            f"<title>{escape(name)}</title></rect>"
-        )
-    right = (last - first + 1) * step
-    low, top = _amount(edges[first], metric.unit), _amount(edges[last + 1], metric.unit)
-    labels = (
-        f'<text x="0" y="{_HEIGHT + 12}">{escape(low)}</text>'
-        f'<text x="{right:.1f}" y="{_HEIGHT + 12}" text-anchor="end">{escape(top)}</text>'
+    head, *rows = card.table
+    return (
+        f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"
+        + "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        + "</table>"
     )
-    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}"'
-    return f'<svg {box} role="img" aria-label="{escape(metric.help)}">{"".join(bars)}{labels}</svg>'
 
 
-def _amount(value: float, unit: str) -> str:
-    """A value in the unit that suits it: `31 ms`, `4.0 KiB`."""
-    if value == float("inf"):
-        return "∞"
-    steps = _TIMES if unit == "seconds" else _SIZES
-    size, name = next((one for one in reversed(steps) if value >= one[0] * 0.95), steps[0])
-    amount = value / size
-    return f"{amount:.0f} {name}" if amount >= 10 else f"{amount:.2g} {name}"
+def _list(lines: Sequence[str]) -> str:
+    return f'<ul class="remarks">{"".join(f"<li>{escape(one)}</li>" for one in lines)}</ul>' if lines else ""
+
+
+_COLUMNS = ("Collector", "Hooks", "Fidelity", "Lost", "Cost", "For")
+
+
+def _row(name: str, one: Status, status: Status, view: View) -> str:
+    down = "" if one["up"] else '<span class="bad">down</span> '
+    if "programs" not in one:
+        cells = [escape(name), down, *([""] * (len(_COLUMNS) - 2))]
+    else:
+        cells = [
+            escape(name),
+            f"{down}<code>{escape(hooks(each['hook'] for each in one['programs'].values()))}</code>",
+            _lines(_fidelity(one)),
+            _lost(one["lost"]),
+            _lines([_cost(name, status, view.now)]),
+            escape(age(view.wall - one["started"])),
+        ]
+    labelled = [f'<td data-label="{label}">{cell}</td>' for label, cell in zip(_COLUMNS, cells, strict=True) if cell]
+    return f"<tr>{''.join(labelled)}</tr>\n"
+
+
+def _fidelity(one: Status) -> list[str]:
+    reasons = dict.fromkeys(each["reason"] for each in one["programs"].values() if each["reason"])
+    return [f"approximate: {reason}" for reason in (*reasons, *one.get("notes", {}).values())] or ["exact"]
+
+
+def _lost(lost: Mapping[str, int]) -> str:
+    return _lines([f"{count(number)} by {reason}" for reason, number in lost.items() if number] or ["none"])
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return "<br>".join(map(escape, texts))
+
+
+def _cost(name: str, status: Status, now: Now) -> str:
+    """Of the last seconds: time for each run, and the share of one CPU."""
+    runs, seconds = (
+        recent.size(now.change.values.get(metric, {}).get((name,), 0)) if now.change else 0.0
+        for metric in (recent.RUNS, recent.RUN_TIME)
+    )
+    if now.change and runs:
+        return f"{share(seconds / now.change.seconds)} CPU, {1e9 * seconds / runs:.0f} ns a run"
+    return "no run" if status["bpf_stats_enabled"] else "not counted"

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from daemon.declare import Collector, Option
+from daemon.words import age, hooks
 
 if TYPE_CHECKING:
     from daemon.attach import Plan
 
 Status = Mapping[str, Any]
-_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
 class Style:
@@ -52,17 +52,6 @@ def columns(rows: Sequence[Sequence[str]], width: int = 0) -> list[str]:
         parts = textwrap.wrap(row[-1], max(30, width - indent), break_on_hyphens=False) if width else [row[-1]]
         lines.append(f"\n{'':<{indent}}".join([f"{start}{''.join(parts[:1])}".rstrip(), *parts[1:]]))
     return lines
-
-
-def age(seconds: float) -> str:
-    """`2 h 13 min`: the two largest units."""
-    parts: list[str] = []
-    rest = max(0, int(seconds))
-    for name, size in _UNITS:
-        if rest >= size or parts:
-            parts.append(f"{rest // size} {name}")
-            rest %= size
-    return " ".join(parts[:2]) or f"{rest} s"
 
 
 def size(number: int) -> str:
@@ -108,7 +97,7 @@ def _row(name: str, one: Status, now: float) -> tuple[str, ...]:
     cost = f"{time_ns / runs:.0f}" if runs else ""
     memory = size(sum(use["memory_bytes"] for use in one["maps"].values()))
     lost = sum(one["lost"].values())
-    since, where = age(now - one["started"]), hooks(one["programs"])
+    since, where = age(now - one["started"]), hooks(each["hook"] for each in one["programs"].values())
     return (name, state, since, memory, _fullest(one["maps"]), str(lost), cost, where)
 
 
@@ -135,15 +124,6 @@ def _fullest(maps: Mapping[str, Status]) -> str:
         return ""
     name, use = max(counted.items(), key=lambda item: item[1]["entries"] / item[1]["max_entries"])
     return f"{name} {use['entries']} of {use['max_entries']}"
-
-
-def hooks(programs: Mapping[str, Status]) -> str:
-    """`tp_btf: sched_switch sched_wakeup; kprobe: …`"""
-    kinds: dict[str, list[str]] = {}
-    for one in programs.values():
-        kind, _, target = one["hook"].partition(":")
-        kinds.setdefault(kind, []).append(target)
-    return "; ".join(f"{kind}: {' '.join(dict.fromkeys(targets))}" for kind, targets in kinds.items())
 
 
 def _remarks(name: str, one: Status) -> Iterable[str]:

@@ -11,14 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from daemon import __version__, page, reader
+from daemon import __version__, page, reader, recent
+from daemon.cards import View
 from daemon.config import CollectorConfig, Config
 from daemon.engine import Engine
 from daemon.journal import Journal
 from daemon.model import Family
+from daemon.recent import Reading, Recent
 
 _log = logging.getLogger("bpfmetricsd")
 _STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
+_NEARLY = 0.9  # ticks come a little early or late, and one that came early must not wait for the next
+_SNMP = Path("/proc/net/snmp")
 _GONE = "the folder of pins was removed since this process started; restart bpfmetricsd after 'bpfmetricsd load'"
 
 
@@ -43,6 +47,14 @@ def _counts_run_time() -> bool:
         return False
 
 
+def _reading(families: Sequence[Family], at: float) -> Reading:
+    try:
+        segments = recent.out_segments(_SNMP.read_text())
+    except OSError:  # /proc is closed to this service
+        segments = None
+    return recent.read(families, at, segments)
+
+
 class Service:
     """`bpffs` is the folder of pins as this process reaches it: `Path(".")` when it may no longer walk there."""
 
@@ -55,15 +67,19 @@ class Service:
         self._notes = tuple(notes)
         self._restart = ""
         self._read_at = float("-inf")
+        self._recent = Recent()
         self._engine = Engine(self._reachable(config), Journal().send if config.journal else None)
 
     def names(self) -> frozenset[str]:
         return self._engine.names()
 
     def collect(self, names: frozenset[str] | None = None) -> list[Family]:
+        families = self._engine.collect(names)
         if names is None:
             self._read_at = time.monotonic()
-        return self._engine.collect(names)
+            if self._recent.due(self._read_at):
+                self._recent.keep(_reading(families, self._read_at))
+        return families
 
     def ready(self) -> list[str]:
         return [*self._engine.ready(), *self._gone()]
@@ -77,12 +93,14 @@ class Service:
 
     def page(self) -> str:
         families = self.collect()
-        return page.render(self._status(fresh=False), families)
+        now = self._recent.now(_reading(families, self._read_at))
+        view = View(now, {family.metric.name: family for family in families}, time.time())
+        return page.render(self._status(fresh=False), view, os.uname().nodename)
 
     def tick(self) -> str:
         """Takes the events; reads the maps when nobody has scraped for an interval. A line that says how all is."""
         self._engine.drain()
-        if time.monotonic() - self._read_at >= self._began.interval:
+        if time.monotonic() - self._read_at >= _NEARLY * self._began.interval:
             self.collect()
         up = self._engine.up()
         summary = f"{sum(up.values())} of {len(up)} collectors up"

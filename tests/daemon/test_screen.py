@@ -9,7 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from daemon import screen
+from daemon import screen, words
 from daemon.attach import Plan
 from daemon.declare import Hook, Variant
 
@@ -94,7 +94,7 @@ def test_check_tells_hooks_fidelity_and_what_was_passed_over() -> None:
 
 
 def test_small_words() -> None:
-    assert [screen.age(seconds) for seconds in (-1, 0, 59, 60, 3725, 90_000)] == [
+    assert [words.age(seconds) for seconds in (-1, 0, 59, 60, 3725, 90_000)] == [
         "0 s", "0 s", "59 s", "1 min", "1 h 2 min", "1 d 1 h",
     ]  # fmt: skip
     assert [screen.size(number) for number in (0, 1023, 1024, 200 << 10, 5 << 20, 3 << 30)] == [

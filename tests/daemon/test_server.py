@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from daemon import app, listening, server
+from daemon import app, listening, look, server
 from daemon.config import Listen
 from daemon.errors import BpfmetricsdError, UsageError
 from daemon.exposition import Renderer
@@ -44,6 +44,7 @@ class FakeSource:
     reasons: list[str] = field(default_factory=list)
     failure: Exception | None = None
     collected: list[frozenset[str] | None] = field(default_factory=list)
+    pages: int = 0
     ticks: int = 0
     reloads: int = 0
 
@@ -64,6 +65,7 @@ class FakeSource:
         return {"collectors": {"oomkill": {"up": True}}}
 
     def page(self) -> str:
+        self.pages += 1
         return "<!doctype html><title>bpfmetricsd ☃</title>"
 
     def tick(self) -> str:
@@ -218,8 +220,15 @@ def test_status_is_json(running: Running) -> None:
 
 def test_page_may_load_nothing(running: Running) -> None:
     policy = running.get("/")[0].headers["Content-Security-Policy"]
+    assert policy == look.POLICY
     assert policy.startswith("default-src 'none';")
-    assert "script" not in policy
+    assert "unsafe" not in policy
+
+
+def test_pages_of_a_moment_are_one(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SHARE_SECONDS", 3600)
+    assert running.get("/")[1] == running.get("/")[1]
+    assert running.source.pages == 1
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/status", "/-/healthy", "/-/ready", "/nothing"])

@@ -133,7 +133,7 @@ def test_status_and_page(source: Service, path: Path) -> None:
     ]  # fmt: skip
     assert found["bpffs"] == str(path.parent / "bpffs")
     assert (found["ready"], found["notes"], len(found["reasons"])) == (False, ["a note"], 2)
-    assert "<li>a note</li>" in source.page()
+    assert '<li class="dim">a note</li>' in source.page()
 
 
 def test_reload_says_what_else_is_to_do(source: Service, path: Path, caplog: pytest.LogCaptureFixture) -> None:
