@@ -28,12 +28,18 @@ BPF_ARRAY(run_queue_zero, struct run_queue, 1);
 /* All of it without cgroups; what found no place in the hash with them. */
 BPF_PERCPU_ARRAY(run_queue_all, struct run_queue, 1);
 
-#ifdef WHOLE_WAITS
 struct seen {
 	u64 total_ns; /* all waits up to and with the last arrival */
 	u64 generation; /* of the program that saw it: another one may have missed arrivals since */
 };
+#ifdef WAITS_IN_TASKS
 BPF_TASK_STORAGE(seen_waits, struct seen);
+#else
+/*
+ * By thread id, where a program has no task storage. A hash because thread ids are open-ended, and LRU because nothing
+ * tells here that a task has ended: what gives way is, below so many live tasks, one that has.
+ */
+BPF_TABLE("lru_hash", u32, struct seen, seen_waits, MAX_TASKS);
 #endif
 
 static __always_inline u64 cgroup_of(struct task_struct *task)
@@ -64,24 +70,41 @@ static __always_inline struct run_queue *run_queue_of(struct task_struct *task)
 	return run_queue_all.lookup(&first);
 }
 
+/* Where this task's last arrival is kept; NULL, and a loss, where there is no memory for it. */
+static __always_inline struct seen *seen_of(struct task_struct *task)
+{
+	struct seen *seen;
+#ifdef WAITS_IN_TASKS
+	seen = seen_waits.task_storage_get(task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+#else
+	struct seen never = {};
+	u32 thread = READ(task, pid);
+
+	seen = seen_waits.lookup(&thread);
+	if (!seen) {
+		seen_waits.update(&thread, &never);
+		seen = seen_waits.lookup(&thread);
+	}
+#endif
+	if (!seen)
+		lose(LOSS_TASK_STATE); /* this wait may be too short, and so may the next one be too long */
+	return seen;
+}
+
 static __always_inline u64 whole_wait(struct task_struct *next, u64 wait_ns)
 {
-#ifdef WHOLE_WAITS
 	u64 total_ns = READ(next, sched_info.run_delay) + wait_ns;
-	struct seen *seen = seen_waits.task_storage_get(next, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	struct seen *seen = seen_of(next);
 
-	if (!seen) {
-		lose(LOSS_TASK_STATE); /* this wait may be too short, and so may the next one be too long */
+	if (!seen)
 		return wait_ns;
-	}
 	/* A task that never ran has waited since it was born; one that ran before we came has an unknown past. */
-	if (seen->generation == GENERATION)
-		wait_ns = total_ns - seen->total_ns;
-	else if (READ(next, sched_info.pcount) == 0)
+	if (READ(next, sched_info.pcount) == 0)
 		wait_ns = total_ns;
+	else if (seen->generation == GENERATION && seen->total_ns <= total_ns)
+		wait_ns = total_ns - seen->total_ns;
 	seen->total_ns = total_ns;
 	seen->generation = GENERATION;
-#endif
 	return wait_ns;
 }
 

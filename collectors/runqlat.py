@@ -15,6 +15,7 @@ from daemon.histogram import SECONDS
 from daemon.model import Metric
 
 SCHEDSTAT = "/proc/schedstat"
+MAX_TASKS = 1 << 15  # whose last arrival is kept without task storage; 3 MB
 
 
 def _latency(options: Mapping[str, Any]) -> Metric:
@@ -50,11 +51,13 @@ def _counted(began: Mapping[str, str], now: Mapping[str, str], tables: Tables) -
 
 
 def _defines(options: Mapping[str, Any]) -> dict[str, int]:
-    return {"BY_CGROUP": 1, "MAX_CGROUPS": options["max_cgroups"]} if options["by"] == "cgroup" else {}
+    macros = {"MAX_TASKS": MAX_TASKS}
+    if options["by"] == "cgroup":
+        macros |= {"BY_CGROUP": 1, "MAX_CGROUPS": options["max_cgroups"]}
+    return macros
 
 
 _HOOK = {kind: {"sched_switch": Hook(kind, "sched_switch")} for kind in ("tp_btf", "raw_tp")}
-_SPLIT = "a wait during which the task migrates is counted too short, for want of task storage (kernel 5.12)"
 
 COLLECTOR = Collector(
     name="runqlat",
@@ -63,14 +66,14 @@ COLLECTOR = Collector(
         Part(
             "sched_switch",
             (
-                Variant(_HOOK["tp_btf"], define="WHOLE_WAITS", needs=("task_struct.bpf_storage",)),
-                Variant(_HOOK["tp_btf"], approximate=_SPLIT),
-                Variant(_HOOK["raw_tp"], approximate=_SPLIT),
+                Variant(_HOOK["tp_btf"], define="WAITS_IN_TASKS", needs=("task_struct.bpf_storage",)),
+                Variant(_HOOK["tp_btf"]),
+                Variant(_HOOK["raw_tp"]),
             ),
         ),
     ),
     structs={
-        "task_struct": ("se", "sched_info", "tgid", "comm", "cgroups"),
+        "task_struct": ("se", "sched_info", "pid", "tgid", "comm", "cgroups"),
         "sched_entity": ("cfs_rq",),
         "cfs_rq": ("rq",),
         "rq": ("clock",),

@@ -23,7 +23,7 @@ RING = "ringbuf"
 
 @dataclass(frozen=True, slots=True)
 class MapUse:
-    """entries is None where it is not counted: arrays are always full, storage and rings have no entries."""
+    """entries is None where it is not counted: arrays are always full, an LRU hash may be, others have no entries."""
 
     entries: int | None
     max_entries: int
@@ -58,7 +58,8 @@ class OpenMap:
 
     @property
     def is_hash(self) -> bool:
-        return "hash" in self.info.type
+        """Which can fill up: an LRU hash makes room by itself."""
+        return self.info.type in ("hash", "percpu_hash")
 
     def count(self) -> None:
         self.entries = sum(1 for _ in libbpf.map_items(self.descriptor, self.info, self.value_size))

@@ -67,11 +67,17 @@ def fidelity(loaded: Any) -> tuple[str, str]:
     return program["hook"], program["fidelity"]
 
 
-def test_waits_of_wakeups_are_the_kernels(load, group: tuple[Path, str]) -> None:
+@pytest.fixture(params=["tp_btf", "raw_tp"])
+def loaded(request: pytest.FixtureRequest, load) -> Any:
+    """Each hook: tasks remember their last arrival themselves, or a hash does it for them."""
+    loaded = load("runqlat", by="cgroup", forbid="tp_btf" if request.param == "raw_tp" else "")
+    assert fidelity(loaded) == (f"{request.param}:sched_switch", "exact")
+    return loaded
+
+
+def test_waits_of_wakeups_are_the_kernels(loaded: Any, group: tuple[Path, str]) -> None:
     """Ping-pong over pipes: one pair, which finds a CPU at once, and four, which wait for each other."""
     folder, path = group
-    loaded = load("runqlat", by="cgroup")
-    assert fidelity(loaded) == ("tp_btf:sched_switch", "exact")
     for pairs in (1, 4):
         with loads.ping_pong(pairs, 20_000 // pairs) as jobs, loads.crew(folder, jobs) as crew:
             counted = count(loaded, (path,), crew)
@@ -93,9 +99,8 @@ def test_waits_for_busy_cpus_are_the_kernels(load, group: tuple[Path, str]) -> N
     assert not any(loaded.losses().values())
 
 
-def test_waits_that_migrations_cut_are_whole(load, group: tuple[Path, str]) -> None:
+def test_waits_that_migrations_cut_are_whole(loaded: Any, group: tuple[Path, str]) -> None:
     folder, path = group
-    loaded = load("runqlat", by="cgroup")
     with loads.crew(folder, [loads.burn(1.5)] * 8) as crew:
         counted = count(loaded, (path,), crew, lambda: loads.flip(crew.pids, 250, 0.005))
     counted.print("8 burners that migrate")
@@ -103,22 +108,9 @@ def test_waits_that_migrations_cut_are_whole(load, group: tuple[Path, str]) -> N
     assert abs(counted.deviation()) < 0.01
 
 
-def test_without_task_storage_such_waits_are_too_short(load, group: tuple[Path, str]) -> None:
-    """Which is why that variant calls itself approximate."""
-    folder, path = group
-    loaded = load("runqlat", by="cgroup", forbid="tp_btf")
-    assert fidelity(loaded) == ("raw_tp:sched_switch", "approximate")
-    with loads.crew(folder, [loads.burn(1.5)] * 8) as crew:
-        counted = count(loaded, (path,), crew, lambda: loads.flip(crew.pids, 250, 0.005))
-    counted.print("8 burners that migrate, plain difference")
-    assert counted.counts_match()
-    assert counted.ours.sum * 1e9 <= counted.kernel.wait_ns
-
-
-def test_a_tasks_first_wait_is_counted(load, group: tuple[Path, str]) -> None:
+def test_a_tasks_first_wait_is_counted(loaded: Any, group: tuple[Path, str]) -> None:
     """The one between its birth and its first arrival on a CPU; the kernel counts it too."""
     folder, path = group
-    loaded = load("runqlat", by="cgroup")
     with loads.crew(folder, [loads.breed(30, 0.005)]) as crew:
         for _ in range(5):  # an unseen first arrival takes its wait with it
             counted = count(loaded, (path,), crew)
