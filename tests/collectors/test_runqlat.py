@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from collectors.runqlat import COLLECTOR, decode
+from collectors.runqlat import COLLECTOR, MAX_TASKS, decode
 from daemon.declare import Context, Decoded, Row
 from daemon.histogram import SECONDS
 from daemon.model import Exemplar
@@ -125,5 +125,6 @@ def test_of_exemplars_in_one_bucket_the_newest_stays() -> None:
 
 
 def test_options_choose_what_is_compiled() -> None:
-    assert COLLECTOR.defines({"by": "none", "max_cgroups": 16}) == {}
-    assert COLLECTOR.defines({"by": "cgroup", "max_cgroups": 16}) == {"BY_CGROUP": 1, "MAX_CGROUPS": 16}
+    plain = {"MAX_TASKS": MAX_TASKS}
+    assert COLLECTOR.defines({"by": "none", "max_cgroups": 16}) == plain
+    assert COLLECTOR.defines({"by": "cgroup", "max_cgroups": 16}) == plain | {"BY_CGROUP": 1, "MAX_CGROUPS": 16}
