@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,16 +14,24 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import yaml
 
+from tests.prometheus import load
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = ROOT / "config" / "rules"
 JOB = "bpfmetricsd"
+HOST, NEWER = SERVERS = ("host", "newer")  # of the host's Debian, and Prometheus 3
+NO_NEWER = "Prometheus 3 is not unpacked; run '.venv/bin/python -m tests.prometheus.newer' as root"
+NATIVE = "native"  # the job whose histograms Prometheus 3 also stores as native ones
 
 
 def free_port() -> int:
@@ -108,6 +117,7 @@ class Daemon:
 
 @dataclass(frozen=True)
 class Prometheus:
+    name: str
     url: str
     began: float
 
@@ -119,16 +129,84 @@ class Prometheus:
             raise AssertionError(f"{parameters}: {error.read().decode()}") from error
         return json.loads(answer)["data"]
 
-    def query(self, expr: str) -> dict[tuple[tuple[str, str], ...], float]:
-        """Label pairs to value, now."""
-        found = self.ask("query", query=expr)["result"]
+    def query(self, expr: str, at: float | None = None) -> dict[tuple[tuple[str, str], ...], float]:
+        """Label pairs to value, now or at a time."""
+        found = self.ask("query", query=expr, **({} if at is None else {"time": at}))["result"]
         return {tuple(sorted(one["metric"].items())): float(one["value"][1]) for one in found}
 
-    def numbers(self, expr: str) -> list[float]:
-        """Every number that the query gave since the test began; not NaN."""
+    def series(self, expr: str) -> list[tuple[dict[str, str], list[float]]]:
+        """Labels and every number that the query gave since the test began; not NaN."""
         found = self.ask("query_range", query=expr, start=self.began, end=time.time(), step=1)["result"]
-        return [value for one in found for _, text in one["values"] if (value := float(text)) == value]
+        return [
+            (one["metric"], [value for _, text in one["values"] if (value := float(text)) == value]) for one in found
+        ]
+
+    def numbers(self, expr: str) -> list[float]:
+        return [value for _, values in self.series(expr) for value in values]
 
     def exemplars(self, selector: str) -> list[dict[str, Any]]:
         found = self.ask("query_exemplars", query=selector, start=self.began, end=time.time())
         return [{**exemplar, "series": one["seriesLabels"]} for one in found for exemplar in one["exemplars"]]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The servers by name, after the load that they watched."""
+
+    servers: dict[str, Prometheus]
+    load: load.Done
+
+
+def impatient(rules: str) -> str:
+    """The shipped alerting rules with one change: where an alert waits for N minutes (`for: Nm`), N seconds.
+
+    Expressions and their windows stay as they are. A window that reaches back to before the first scrape is no longer
+    than what was scraped.
+    """
+    return re.sub(r"^( +for: \d+)m$", r"\1s", rules, flags=re.MULTILINE)
+
+
+class Receiver:
+    """What Alertmanager's webhook brought."""
+
+    def __init__(self) -> None:
+        self.notified: list[dict[str, Any]] = []
+
+    def wait(self, status: str, **labels: str) -> dict[str, Any]:
+        """The first alert that has this status and these labels."""
+
+        def found() -> list[dict[str, Any]]:
+            return [one for one in self.notified if one["status"] == status and labels.items() <= one["labels"].items()]
+
+        wait(f"a notification ({status}: {labels})", lambda: bool(found()))
+        return found()[0]
+
+
+@contextmanager
+def serve(answer: Callable[[str, bytes], bytes | None], kind: str = "text/plain") -> Iterator[int]:
+    """An HTTP server on loopback; its port. `answer(path, body)`, where nothing is an error."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            page = answer(self.path, self.rfile.read(int(self.headers["Content-Length"] or 0)))
+            if page is None:
+                self.send_error(502)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(page)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()

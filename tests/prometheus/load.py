@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small real load of each kind that the collectors count, on a loop device, loopback and in a memory cgroup."""
+"""A small real load of each kind that the collectors count.
+
+It is on a loop device, on loopback, on a wire between two network namespaces that loses packets, in a memory cgroup.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from tests.kernel import memory, net
+from tests.kernel.net import End
 
 MIB = 1 << 20
 _FITS = 8 * MIB  # what the file below the loop device has room for
-_CGROUP = Path("/sys/fs/cgroup")
-_EAT = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); bytearray(256 << 20)"
+_REPEATED = 700  # segments: more than two a second for five minutes
 
 
 @contextmanager
@@ -103,47 +109,59 @@ def spinning(count: int) -> Iterator[None]:
             process.wait()
 
 
-def oom_kill() -> bool:
-    """A process that its memory cgroup's limit kills; False where there is no memory controller."""
-    for root, limit in ((_CGROUP / "memory", "memory.limit_in_bytes"), (_CGROUP, "memory.max")):
-        group = root / f"bpfmetricsd_test_{os.getpid()}"
-        with contextlib.suppress(OSError):
-            group.mkdir()
-        if (group / limit).exists():
-            break
-        with contextlib.suppress(OSError):
-            group.rmdir()
-    else:
-        return False
+def oom_kill() -> str:
+    """A process that its memory cgroup's limit kills; its cgroup, or nothing where there is no memory controller."""
+    name = f"bpfmetricsd-{os.getpid()}-load"
     try:
-        (group / limit).write_text(str(32 * MIB))
-        done = subprocess.run([sys.executable, "-c", _EAT, str(group / "cgroup.procs")])
-        assert done.returncode == -signal.SIGKILL
-        return True
-    finally:
-        _remove(group)
+        memory.oom_kill(name)
+    except OSError:
+        return ""
+    return f"/{name}"
 
 
-def _remove(group: Path) -> None:
-    """A cgroup stays busy for a moment after its last process."""
-    for _ in range(50):
-        with contextlib.suppress(OSError):
-            group.rmdir()
-            return
-        time.sleep(0.1)
-    group.rmdir()
+def lose(ends: tuple[End, End]) -> float:
+    """Segments over a wire that loses one packet in ten, until some hundreds were sent again; their share, as the
+    kernel counts it."""
+    near, far = ends
+    for end in ends:
+        end.single_packets()
+        end.sysctl("net.ipv4.tcp_rto_min_us", "5000")  # kernels that lack it are slower here
+    before = near.counters()
+    source, sink = net.connect(near, far, "ipv4")
+    with source, sink, far.random_loss(0.1):
+        while (repeated := near.counters()["Tcp.RetransSegs"] - before["Tcp.RetransSegs"]) < _REPEATED:
+            net.move(source, sink, 64 << 10)
+            time.sleep(0.01)
+    return repeated / (near.counters()["Tcp.OutSegs"] - before["Tcp.OutSegs"])
 
 
-def run(folder: Path, seconds: float) -> None:
+def lose_no_more(ends: tuple[End, End]) -> None:
+    """So many segments that those of `lose` are a small share of them."""
+    source, sink = net.connect(*ends, "ipv4")
+    with source, sink:
+        for _ in range(_REPEATED // 4):
+            net.move(source, sink, MIB)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the load did: the cgroup of the OOM kill, if there was one, and the share of segments sent again."""
+
+    killed: str
+    repeated: float
+
+
+def run(folder: Path, ends: tuple[End, End], seconds: float) -> Done:
     """Everything at once for some seconds, with an OOM kill in the middle."""
-    with loop_device(folder) as device, unanswered(), spinning(4):
+    with loop_device(folder) as device, unanswered(), spinning(4), ThreadPoolExecutor() as pool:
         began = time.monotonic()
-        killed = False
+        losing = pool.submit(lose, ends)
+        killed = None
         while time.monotonic() - began < seconds:
             disk(device)
             page_cache(device)
             connections(5)
-            if not killed and time.monotonic() - began > seconds / 2:
-                killed = True
-                oom_kill()
+            if killed is None and time.monotonic() - began > seconds / 2:
+                killed = oom_kill()
             time.sleep(0.1)
+        return Done(killed or "", losing.result())
