@@ -106,11 +106,15 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 @contextmanager
-def loop_device(file: Path, size: int = 64 << 20) -> Iterator[Disk]:
-    """A loop device on a new file."""
+def loop_device(file: Path, size: int = 64 << 20, *, direct: bool = False) -> Iterator[Disk]:
+    """A loop device on a new file.
+
+    With `direct`, which not every file system has, reads behind the file's end fail; older kernels else fill in zeros.
+    """
     with file.open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, size)
-    made = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
+    command = ["losetup", "--find", "--show", f"--direct-io={'on' if direct else 'off'}", file]
+    made = subprocess.run(command, check=True, capture_output=True, text=True)
     path = Path(made.stdout.strip())
     try:
         if shutil.which("udevadm"):

@@ -37,6 +37,25 @@ def join(*groups: Path) -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
+def control(group: Path) -> None:
+    """Lets the memory controller of cgroup v2 have this group: all above it must hand it down."""
+    root = cgroups.mount_point()
+    assert root
+    parents = [parent for parent in group.parents if parent == root or root in parent.parents]
+    for parent in reversed(parents):
+        (parent / "cgroup.subtree_control").write_text("+memory")
+
+
+def kills_of(group: Path) -> int:
+    """Of this group and those in it, as its `memory.events` tells (cgroup v2)."""
+    return int(dict(line.split() for line in (group / "memory.events").read_text().splitlines())["oom_kill"])
+
+
+def emulated() -> bool:
+    """Whether the machine is one of tests/vm, which may run out of memory as a whole."""
+    return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+
+
 @contextmanager
 def limited(name: str) -> Iterator[tuple[Path, ...]]:
     """The groups to join: a v2 cgroup `name`, and a limit of memory, which is there too or in v1."""
@@ -49,17 +68,20 @@ def limited(name: str) -> Iterator[tuple[Path, ...]]:
             (memory / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
             yield memory, group
         else:
-            (root / "cgroup.subtree_control").write_text("+memory")
+            control(group)
             (group / "memory.max").write_text(str(LIMIT_BYTES))
             yield (group,)
 
 
 @contextmanager
-def process(groups: tuple[Path, ...], *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in these cgroups, with pipes to it and from it; gone afterwards."""
-    child = subprocess.Popen(
-        command, preexec_fn=lambda: join(*groups), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )  # fmt: skip
+def process(groups: tuple[Path, ...], *command: str, score: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in these cgroups and with this oom_score_adj, with pipes to it and from it; gone afterwards."""
+
+    def prepare() -> None:
+        join(*groups)
+        Path("/proc/self/oom_score_adj").write_text(str(score))
+
+    child = subprocess.Popen(command, preexec_fn=prepare, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield child
     finally:

@@ -31,14 +31,14 @@ BEYOND = 8 << 20  # a place behind the end of a file cut to 4 MiB
 
 
 @pytest.fixture
-def disks(tmp_path: Path, lacks: Callable[[str], None]) -> Iterator[Callable[[], Disk]]:
-    """Each call gives a loop device; all are gone afterwards."""
+def disks(tmp_path: Path, lacks: Callable[[str], None]) -> Iterator[Callable[..., Disk]]:
+    """Each call gives a loop device (`loads.loop_device`); all are gone afterwards."""
     for tool, package in (("losetup", "mount"), ("blkdiscard", "util-linux")):
         if shutil.which(tool) is None:
             lacks(f"{tool} is not installed; apt install {package}")
     with ExitStack() as stack:
         numbers = iter(range(100))
-        yield lambda: stack.enter_context(loads.loop_device(tmp_path / f"disk{next(numbers)}"))
+        yield lambda **how: stack.enter_context(loads.loop_device(tmp_path / f"disk{next(numbers)}", **how))
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_queue_and_device_time_are_the_kernels_ticks(load, disks, fio: Callable[
 
 def test_requests_that_fail_are_counted_by_error(load, disks) -> None:
     """Reads behind the end of the backing file. One read across it comes in two parts, with a requeue between."""
-    disk = disks()
+    disk = disks(direct=True)
     loaded = load("biolatency")
     assert loaded.series(ERRORS).get((disk.name, "read", "ioerr"), 0) == 0
     os.truncate(disk.file, (4 << 20) + 3 * SECTOR)
@@ -268,7 +268,7 @@ def test_another_disk_stays_out(load, disks) -> None:
 
 def test_a_disk_too_many_counts_in_other(load, disks) -> None:
     """One place: whoever comes first has all of its operations there, and all of everybody else's are in `other`."""
-    pair = (disks(), disks())
+    pair = (disks(direct=True), disks(direct=True))
     loaded = load("biolatency", max_devices=1)
     before = {disk.name: disk.stat() for disk in pair}
     for disk in pair:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OOM kills in memory cgroups against the kernel's own count and its log.
+"""OOM kills against the kernel's own count and its log.
 
-What needs another machine is tested there: the scope `global`, and a group that is killed as a whole
-(memory.oom.group, which only cgroup v2 has).
+The machine's own end of memory is tried in guests (tests/vm) only.
 """
 
 from __future__ import annotations
@@ -27,8 +26,11 @@ from tests.kernel.memory import (
     LIMIT_BYTES,
     V1_FREEZER,
     V1_MEMORY,
+    control,
     eater,
+    emulated,
     folder,
+    kills_of,
     limited,
     named,
     oom_kill,
@@ -123,7 +125,8 @@ def test_events_wait_for_a_reader_and_keep_their_times(load: Load) -> None:
     times = {}
     for name in ("one", "two"):
         began = time.time()
-        times[oom_kill(group(name))] = (began, time.time())
+        pid = oom_kill(group(name))
+        times[pid] = (began, time.time())
         time.sleep(0.5)
     assert pids(loaded) == list(times)
     found = {event.fields["pid"]: event.timestamp for event in loaded.events}
@@ -258,12 +261,117 @@ def test_kills_that_are_not_for_memory(load: Load) -> None:
             with process((killed,), "sleep", "60") as victim:
                 victim.kill()
                 assert victim.wait() == -signal.SIGKILL
-        with process((killed,), "sleep", "60") as victim:
-            (killed / "cgroup.kill").write_text("1")
-            assert victim.wait() == -signal.SIGKILL
+        if (killed / "cgroup.kill").exists():  # since 5.14
+            with process((killed,), "sleep", "60") as victim:
+                (killed / "cgroup.kill").write_text("1")
+                assert victim.wait() == -signal.SIGKILL
         with process((killed,), sys.executable, "-S", "-c", "while True: pass") as victim:
             resource.prlimit(victim.pid, resource.RLIMIT_CPU, (1, 1))
             assert victim.wait() == -signal.SIGKILL
     assert not pids(loaded)
     assert not kills(loaded)
     assert sum(loaded.series(KILLS).values()) == vmstat() - before
+
+
+@pytest.fixture
+def root(lacks: Callable[[str], NoReturn]) -> Path:
+    """The root of cgroup v2, where that has the memory controller."""
+    found = cgroups.mount_point()
+    if found is None or "memory" not in (found / "cgroup.controllers").read_text().split():
+        lacks("this kernel has its memory controller in cgroup v1 or nowhere; boot with cgroup_no_v1=all")
+    return found
+
+
+def facts(loaded: Any, *names: str) -> dict[int, list[Any]]:
+    """Of the events of this test's own cgroups, by pid."""
+    pids(loaded)
+    own = [event.fields for event in loaded.events if group("") in event.fields["cgroup"]]
+    return {one["pid"]: [one[name] for name in names] for one in own}
+
+
+def test_the_victim_of_another_groups_allocation(load: Load, root: Path) -> None:
+    """Two groups below one with a limit: one allocates, the other's process is killed."""
+    loaded = load("oomkill")
+    before = vmstat()
+    path = f"/{group('nest')}"
+    with ExitStack() as undo:
+        nest, victims, others = (
+            undo.enter_context(folder(root / f"{path[1:]}{below}")) for below in ("", "/victim.scope", "/other.scope")
+        )
+        control(victims)
+        (nest / "memory.max").write_text(str(LIMIT_BYTES))
+        victim = undo.enter_context(process((victims,), *eater(LIMIT_BYTES // 2), score=1000))
+        assert victim.stdout
+        assert victim.stdout.readline() == b"\n"
+        other = undo.enter_context(process((others,), *named(b"the other", LIMIT_BYTES // 2 + (4 << 20))))
+        assert other.stdout
+        assert other.stdout.readline() == b"\n", "it got its memory"
+        assert victim.wait(60) == -signal.SIGKILL
+        assert [kills_of(one) for one in (nest, victims, others)] == [1, 1, 0]
+    assert vmstat() - before == 1
+    assert kills(loaded) == {f"{path}/victim.scope": 1}
+    names = ("cgroup", "scope", "killer_pid", "killer_comm", "oom_score_adj")
+    assert facts(loaded, *names) == {victim.pid: [f"{path}/victim.scope", "memcg", other.pid, "the other", 1000]}
+    assert facts(loaded, "rss_bytes")[victim.pid] == pytest.approx([logged()[victim.pid]], rel=0.01)
+
+
+def test_a_group_that_is_killed_as_a_whole(load: Load, root: Path) -> None:
+    """`memory.oom.group`: each process is a kill, in its own group, by the one whose allocation led to it."""
+    loaded = load("oomkill")
+    before = vmstat()
+    path = f"/{group('whole')}"
+    with ExitStack() as undo:
+        whole, eating, asleep = (
+            undo.enter_context(folder(root / f"{path[1:]}{below}")) for below in ("", "/eating", "/asleep")
+        )
+        control(eating)
+        (whole / "memory.oom.group").write_text("1")
+        (whole / "memory.max").write_text(str(LIMIT_BYTES))
+        sleepers = [undo.enter_context(process((asleep,), "sleep", "60")) for _ in range(3)]
+        victim = undo.enter_context(process((eating,), *eater(4 * LIMIT_BYTES)))
+        assert [one.wait(60) for one in (victim, *sleepers)] == [-signal.SIGKILL] * 4
+        counted = [kills_of(one) for one in (whole, eating, asleep)]
+    print(counted, vmstat() - before)
+    found = {victim.pid: [f"{path}/eating", "memcg", victim.pid]}
+    found |= {one.pid: [f"{path}/asleep", "memcg", victim.pid] for one in sleepers}
+    assert facts(loaded, "cgroup", "scope", "killer_pid") == found
+    assert kills(loaded) == {f"{path}/eating": 1, f"{path}/asleep": 3}
+    assert counted == [4, 1, 3]
+    assert vmstat() - before == 4
+
+
+def test_the_machine_runs_out_of_memory(load: Load, root: Path, lacks: Callable[[str], NoReturn]) -> None:
+    if not emulated():
+        lacks("this kernel has a machine of its own to lose; make test-vm runs guests out of memory")
+    loaded = load("oomkill")
+    before = vmstat()
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    path = f"/{group('big.service')}"
+    with folder(root / path[1:]) as big:
+        control(big)
+        with process((big,), *eater(total - (16 << 20)), score=1000) as victim:
+            assert victim.wait(120) == -signal.SIGKILL
+        assert kills_of(big) == 1
+    assert vmstat() - before == 1
+    assert loaded.series(KILLS)["global", path] == 1
+    assert facts(loaded, "cgroup", "scope", "oom_score_adj") == {victim.pid: [path, "global", 1000]}
+    (event,) = [event for event in loaded.events if event.fields["pid"] == victim.pid]
+    assert event.message.endswith("was killed because the machine ran out of memory")
+    assert event.fields["rss_bytes"] == pytest.approx(logged()[victim.pid], rel=0.01)
+
+
+def test_a_kill_that_a_person_asked_for(load: Load, root: Path, lacks: Callable[[str], NoReturn]) -> None:
+    """SysRq-F: the machine's own OOM killer, run by a kernel thread."""
+    if not emulated():
+        lacks("this kernel would choose among all processes of the machine; make test-vm lets it do so in guests")
+    loaded = load("oomkill")
+    path = f"/{group('asked.service')}"
+    with folder(root / path[1:]) as asked, process((asked,), *eater(LIMIT_BYTES), score=1000) as victim:
+        assert victim.stdout
+        assert victim.stdout.readline() == b"\n"
+        Path("/proc/sysrq-trigger").write_text("f")
+        assert victim.wait(60) == -signal.SIGKILL
+    assert loaded.series(KILLS)["global", path] == 1
+    ((seen, scope, killer),) = facts(loaded, "cgroup", "scope", "killer_comm").values()
+    assert (seen, scope) == (path, "global")
+    assert killer.startswith("kworker")
