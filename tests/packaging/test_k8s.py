@@ -167,7 +167,7 @@ def test_configuration_and_mounts_agree() -> None:
         assert volumes[mounted[str(found.bpffs.parent)]["name"]]["hostPath"]["path"].startswith("/sys/fs/bpf/")
         assert volumes[mounted[str(found.state)]["name"]]["hostPath"]["path"].startswith("/run/")
         assert volumes[mounted["/etc/bpfmetricsd"]["name"]]["configMap"]["name"].startswith("bpfmetricsd-")
-    assert f"test -d {found.bpffs}" in loader()["args"][0]
+    assert f"ls -d {found.bpffs}/*/maps" in loader()["args"][0]
 
 
 def test_the_node_and_a_package_on_it_share_no_folder() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 import collectors
 from daemon import cgroups
-from tests.packaging.kustomize import Document, build
+from tests.packaging.kustomize import Document, build, one
 from tests.service import machine, pod, root
 from tests.service.machine import remove_group, wait_for
 from tests.service.pod import Node, Server
@@ -44,9 +44,9 @@ def node(tools: None, deb: Path, lacks: Callable[[str], NoReturn]) -> Iterator[N
         tree = root.build()
     except CannotBuildError as error:
         lacks(f"no root file system: {error}")
-    with pod.node(tree, deb, FOLDER / "Dockerfile") as one:
-        yield one
-    assert machine.leftovers(one.name) == []
+    with pod.node(tree, deb, FOLDER / "Dockerfile") as made:
+        yield made
+    assert machine.leftovers(made.name) == []
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,15 @@ def kill_for_memory(groups: list[Path]) -> int:
     victim.communicate(b"x")
     assert victim.returncode == -9
     return victim.pid
+
+
+def test_a_pod_does_not_start_where_nothing_loads(node: Node) -> None:
+    documents = build(FOLDER / "base")
+    (container,) = one(documents, "DaemonSet")["spec"]["template"]["spec"]["initContainers"]
+    container["securityContext"]["capabilities"]["add"].remove("CHOWN")
+    done = node.init(documents)
+    assert done.returncode == 1
+    assert "/run/bpf/bpfmetricsd cannot be made" in done.stdout
 
 
 def test_the_init_container_loads_and_the_pins_are_the_servers_alone(loaded: Node) -> None:
