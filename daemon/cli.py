@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from daemon import __version__, commands
-from daemon.commands import complain
+from daemon.commands import complain, default_config
 from daemon.errors import BpfmetricsdError, UsageError
 
-INSTALLED_CONFIG = Path("/etc/bpfmetricsd/bpfmetricsd.yaml")
-SHIPPED_CONFIG = Path(__file__).resolve().parent.parent / "config" / "bpfmetricsd.yaml"
 DEBUG = "BPFMETRICSD_DEBUG"
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports of a command that SIGINT or SIGPIPE ended
 
@@ -86,10 +84,6 @@ def _unexpected(error: Exception) -> int:
     return BpfmetricsdError.status
 
 
-def default_config() -> Path:
-    return INSTALLED_CONFIG if INSTALLED_CONFIG.exists() else SHIPPED_CONFIG
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="bpfmetricsd", description=_ABOUT, epilog=_STATUSES, allow_abbrev=False,
@@ -147,7 +141,8 @@ def _add_loaders(add: _Add) -> None:
     load.add_argument("--force", action="store_true", help="build again also what has not changed")
     unload = add(
         "unload", commands.unload, "detach the programs and forget their counts",
-        "With all collectors unloaded nothing is left in the kernel nor on disk.",
+        "With all collectors unloaded nothing is left in the kernel nor on disk. Faults in the installed configuration"
+        " do not keep it from its work.",
         "sudo bpfmetricsd unload",
     )  # fmt: skip
     for command in (load, unload):

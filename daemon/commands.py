@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from daemon.config import Config
     from daemon.foreground import Job
 
+INSTALLED_CONFIG = Path("/etc/bpfmetricsd/bpfmetricsd.yaml")
+SHIPPED_CONFIG = Path(__file__).resolve().parent.parent / "config" / "bpfmetricsd.yaml"
+
 
 def complain(*problems: str) -> None:
     """One line on stderr for each."""
@@ -69,7 +72,7 @@ def load(arguments: argparse.Namespace) -> int:
 def unload(arguments: argparse.Namespace) -> int:
     from daemon import loader, pins
 
-    config = read_config(arguments.config)
+    config = _where(arguments.config)
     loader.require_privileges()
     present = [name.removesuffix(pins.STAGING) for name in pins.names(config.bpffs)]
     known = {*config.collectors, *present}
@@ -161,12 +164,30 @@ def list_collectors(_: argparse.Namespace) -> int:
 # What they share
 
 
+def default_config() -> Path:
+    return INSTALLED_CONFIG if INSTALLED_CONFIG.exists() else SHIPPED_CONFIG
+
+
 def read_config(path: Path) -> Config:
     """The checked configuration. Raises UsageError with every fault."""
     import collectors
     from daemon import config
 
     return config.load(path, {collector.name: collector.options for collector in collectors.ALL})
+
+
+def _where(path: Path) -> Config:
+    """The configuration, for its folders. Faults in the installed file do not keep the programs attached."""
+    from daemon.config import Config
+
+    try:
+        return read_config(path)
+    except UsageError as error:
+        if path != default_config():
+            raise
+        config = Config(collectors={})
+        complain(*error.problems, f"going on with {config.bpffs} and {config.state}, which are the default")
+        return config
 
 
 def _known(name: str, known: Collection[str]) -> str:

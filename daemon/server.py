@@ -150,7 +150,7 @@ class Server:
             self._loop.add_signal_handler(signal.SIGHUP, self.reload)
         for sock in self.sockets:
             print(f"listening on {url(sock, bool(self.web and self.web.context))}", flush=True)
-        self.notify.ready()
+        self.notify.ready(self._tick())
         tasks = [self._loop.create_task(task) for task in self._tasks()]
         await self._stop.wait()
         self.notify.stopping()
@@ -235,22 +235,24 @@ class Server:
     async def _tick_every_interval(self) -> None:
         due = self._loop.time()
         while True:
-            self._tick()
             late = self._loop.time() - due
             due += self.interval * (1 + late // self.interval)
             await asyncio.sleep(due - self._loop.time())
+            if line := self._tick():
+                self.notify.status(line)
 
-    def _tick(self) -> None:
+    def _tick(self) -> str:
+        """The line that says how all is; empty when the work failed."""
         try:
             line = self.source.tick()
         except Exception as error:
             if repr(error) != self._failure:  # not every few seconds
                 self._failure = repr(error)
                 _log("periodic work failed", error)
-            return
+            return ""
         self._failure = ""
         self._last_tick = self._loop.time()
-        self.notify.status(f"{line}; {self._complaint}" if self._complaint else line)
+        return f"{line}; {self._complaint}" if self._complaint else line
 
     async def _feed_watchdog(self, every: float) -> None:
         patience = max(MISSED_TICKS * self.interval, 2 * every)

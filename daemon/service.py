@@ -23,7 +23,10 @@ _log = logging.getLogger("bpfmetricsd")
 _STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _NEARLY = 0.9  # ticks come a little early or late, and one that came early must not wait for the next
 _SNMP = Path("/proc/net/snmp")
-_GONE = "the folder of pins was removed since this process started; restart bpfmetricsd after 'bpfmetricsd load'"
+_GONE = (
+    "the folder of pins was removed since this process started; run 'systemctl restart bpfmetricsd-load', or"
+    " 'bpfmetricsd load' and start this process again"
+)
 
 
 def describe(

@@ -128,10 +128,10 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_the_installed_configuration_comes_before_the_shipped_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "INSTALLED_CONFIG", tmp_path / "c.yaml")
-    assert cli.default_config() == ROOT / "config" / "bpfmetricsd.yaml"
+    monkeypatch.setattr(commands, "INSTALLED_CONFIG", tmp_path / "c.yaml")
+    assert commands.default_config() == ROOT / "config" / "bpfmetricsd.yaml"
     (tmp_path / "c.yaml").touch()
-    assert cli.default_config() == tmp_path / "c.yaml"
+    assert commands.default_config() == tmp_path / "c.yaml"
 
 
 def test_the_server_holds_nothing_of_the_compiler() -> None:

@@ -148,7 +148,7 @@ def serving(
     thread = threading.Thread(target=lambda: asyncio.run(running.server.run()))
     thread.start()
     try:
-        wait_for(lambda: "ready" in notify.said)
+        wait_for(lambda: any(line.startswith("ready") for line in notify.said))
         yield running
     finally:
         running.server._loop.call_soon_threadsafe(running.server.stop)
@@ -485,7 +485,7 @@ def test_long_answer_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tick_and_status() -> None:
     with serving(interval=0.01) as running:
         wait_for(lambda: running.source.ticks > 3)
-    assert running.notify.said[:3] == ["ready", "status 1 ticks", "status 2 ticks"]
+    assert running.notify.said[:3] == ["ready 1 ticks", "status 2 ticks", "status 3 ticks"]
     assert running.notify.said[-1] == "stopping"
 
 
@@ -584,7 +584,7 @@ def hear(manager: socket.socket, wanted: str) -> str:
 def test_signal_ends_it_with_clients_connected(tmp_path: Path, number: signal.Signals) -> None:
     pytest.importorskip("systemd.daemon", reason="install python3-systemd")
     with service(tmp_path) as (process, port, manager), contextlib.ExitStack() as stack:
-        assert hear(manager, "READY=1") == "READY=1"
+        assert hear(manager, "READY=1") == "READY=1\nSTATUS=1 ticks"
         hear(manager, "WATCHDOG=1")
         hear(manager, "STATUS=2 ticks")
         for sent in HALF_OPEN.values():

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -64,19 +63,10 @@ def tree(tools: None, suite: str, lacks: Callable[[str], NoReturn]) -> Path:  # 
 
 @pytest.fixture(scope="session")
 def packages(suite: str, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, and in `next` one of a higher version, in `layout` one whose maps are different, too.
-
-    They are built by the tools of the suite: by the host's where it is of that suite, otherwise inside of a root.
-    """
+    """A folder with the package; in `next` one of a higher version, in `layout` one whose maps are different, too."""
     folder = tmp_path_factory.mktemp("packages")
     folder.chmod(0o755)
-    if platform.freedesktop_os_release().get("VERSION_CODENAME") == suite:
-        build = PROJECT / "packaging/build-deb"
-        for arguments in (["-o", str(folder)], ["-o", str(folder / "next"), "-V", NEXT]):
-            done = subprocess.run([build, *arguments], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-    else:
-        root.build_packages(tree, folder, NEXT)
+    root.build_packages(suite, tree, folder, NEXT)
     _other_layout(folder)
     return folder
 

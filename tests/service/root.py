@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import inspect
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -66,26 +67,56 @@ def build(suite: str = SUITE) -> Path:
     return root
 
 
-def build_packages(root: Path, into: Path, higher: str) -> None:
-    """The package, built from the checkout by the tools of a root, and one of a `higher` version in `next`."""
+def build_packages(suite: str, root: Path, into: Path, higher: str) -> None:
+    """The package into the folder `into`, and one of a `higher` version into its `next`, from the checkout.
+
+    They are built by the tools of the suite: by the host's where it is of that suite, otherwise inside of the root.
+    """
+    script, checkout, out = _BUILD, "/checkout", "/out"
+    command = [
+        *("systemd-nspawn", "--quiet", f"--directory={root}", "--volatile=overlay", "--register=no", "--keep-unit"),
+        *(f"--machine=bpfmetricsd-build-{os.getpid()}", "--pipe", "--private-network", "--timezone=off"),
+        *("--resolv-conf=off", "--link-journal=no", f"--bind-ro={PROJECT}:{checkout}", f"--bind={into}:{out}"),
+    ]
+    if platform.freedesktop_os_release().get("VERSION_CODENAME") == suite:
+        script, checkout, out, command = _BUILD_HERE, str(PROJECT), str(into), []
+    done = subprocess.run(
+        [*command, "sh", "-ec", script, "sh", checkout, out, higher],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS,
+    )  # fmt: skip
+    if done.returncode:
+        raise AssertionError(f"the package does not build on {suite}:\n{done.stdout}{done.stderr}")
+
+
+_BUILD_HERE = """\
+"$1/packaging/build-deb" -o "$2"
+"$1/packaging/build-deb" -o "$2/next" -V "$3"
+"""
+_BUILD = f"""\
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
+apt-get install -y -q --no-install-recommends {" ".join(BUILDERS)} >/tmp/log 2>&1 || {{ cat /tmp/log; exit 1; }}
+{_BUILD_HERE}"""
+
+
+def install(tree: Path, packages: Path) -> None:
+    """Installs the package of a folder into a tree that is not running; apt leaves nothing else there."""
     done = subprocess.run(
         [
-            *("systemd-nspawn", "--quiet", f"--directory={root}", "--volatile=overlay", "--register=no", "--keep-unit"),
-            *(f"--machine=bpfmetricsd-build-{os.getpid()}", "--pipe", "--private-network", "--timezone=off"),
-            *("--resolv-conf=off", "--link-journal=no", f"--bind-ro={PROJECT}:/checkout", f"--bind={into}:/out"),
-            *("sh", "-ec", _BUILD, "sh", higher),
+            *("systemd-nspawn", "--quiet", f"--directory={tree}", "--register=no", "--keep-unit", "--pipe"),
+            *(f"--machine=bpfmetricsd-install-{os.getpid()}", "--private-network", "--timezone=off"),
+            *("--resolv-conf=off", "--link-journal=no", f"--bind-ro={packages}:/packages"),
+            *("sh", "-ec", _INSTALL),
         ],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS,
     )  # fmt: skip
     if done.returncode:
-        raise AssertionError(f"the package does not build in {root.name}:\n{done.stdout}{done.stderr}")
+        raise AssertionError(f"the package does not install:\n{done.stdout}{done.stderr}")
 
 
-_BUILD = f"""\
+_INSTALL = """\
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
-apt-get install -y -q --no-install-recommends {" ".join(BUILDERS)} >/tmp/log 2>&1 || {{ cat /tmp/log; exit 1; }}
-/checkout/packaging/build-deb -o /out
-/checkout/packaging/build-deb -o /out/next -V "$1"
+apt-get install -y -q --no-install-recommends /packages/*.deb
+rm -rf /var/cache/apt /var/lib/apt/lists
 """
 
 

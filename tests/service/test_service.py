@@ -433,6 +433,10 @@ def test_stopping_the_loader_detaches_the_programs(machine: Machine) -> None:
 
 def test_stopping_the_loader_detaches_also_with_a_faulty_configuration(machine: Machine) -> None:
     machine.write(CONFIG, "nonsense")
+    said = machine.run("bpfmetricsd", "unload", "--only", "oomkill").stdout
+    assert said.endswith(
+        "going on with /sys/fs/bpf/bpfmetricsd and /run/bpfmetricsd, which are the default\nunloaded oomkill\n"
+    )
     machine.run("systemctl", "stop", LOADER)
     assert pinned(machine) == []
 
