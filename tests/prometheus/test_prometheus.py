@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,6 +160,17 @@ def test_every_alert_is_tested_and_explained() -> None:
         assert alert["annotations"].keys() == {"summary", "description", "runbook_url"}, name
         assert alert["annotations"]["runbook_url"] == f"docs/operating.md#{name.lower()}"
         assert name in headings
+
+
+def test_the_documented_command_makes_runbook_links_whole(promtool: Promtool, tmp_path: Path) -> None:
+    (command,) = re.findall(r"^    (sed .+runbook_url.+)$", (ROOT / "docs" / "operating.md").read_text(), re.MULTILINE)
+    *words, path = shlex.split(command)
+    mine = Path(shutil.copy(RULES / "alerting.yaml", tmp_path))
+    assert mine.name == Path(path).name
+    subprocess.run([*words, mine], check=True)
+    promtool("check", "rules", mine)
+    before, after = (re.findall(r"runbook_url: (.+)", one.read_text()) for one in (RULES / mine.name, mine))
+    assert after == [f"https://git.example.com/bpfmetricsd/blob/main/{one}" for one in before]
 
 
 def test_every_record_is_tested() -> None:

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.service, SUITES]
 SHARED = {
     "config/rules/*.yaml": "usr/share/bpfmetricsd/rules",
     "grafana/dashboards/*": "usr/share/bpfmetricsd/dashboards",
+    "docs/*.md": "usr/share/doc/bpfmetricsd/docs",
 }
 INSTALLED = {
     "bpf/**/*.[ch]": "usr/lib/bpfmetricsd/bpf", "collectors/*.py": "usr/lib/bpfmetricsd/collectors",
