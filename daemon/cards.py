@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from daemon import pictures, recent, triage
 from daemon.model import Distribution, Exemplar, Family
 from daemon.recent import POINTS, Group, Now, Values
-from daemon.words import age, amount, count, rate, share
+from daemon.words import age, amount, count, rate, share, who
 
 ROWS = 6  # of a table; the most important ones
 FRESH_SECONDS = 60  # an exemplar older than this is not told as of now
@@ -143,7 +143,7 @@ def oomkill(view: View) -> Card:
         picture=_history(view, "OOM kills", [one.kills for one in view.now.points], (), whole=True),
         caption="kills",
         table=_table(("scope", "cgroup", "since start"), [(*key, count(one)) for one, key in counted]),
-        remarks=(f"The last: {_who(last)}, {age(view.wall - last.timestamp)} ago.",) if last else (),
+        remarks=(f"The last: {who(last.labels)}, {age(view.wall - last.timestamp)} ago.",) if last else (),
     )
 
 
@@ -165,7 +165,7 @@ def tcpretrans(view: View) -> Card:
         picture=_history(view, "Retransmitted segments", [one.retransmits for one in points], ()),
         caption="segments sent again",
         table=_table(("kind", "per s", "since start"), rows),
-        remarks=(f"The last: {_who(fresh)}.",) if fresh else (),
+        remarks=(f"The last: {who(fresh.labels)}.",) if fresh else (),
     )
 
 
@@ -288,15 +288,4 @@ def _slow(view: View, name: str) -> Iterable[str]:
     fresh = [one for one in _exemplars(view, name) if view.wall - one.timestamp < FRESH_SECONDS]
     if fresh:
         one = max(fresh, key=lambda found: found.value)
-        yield f"Example: {_time(one.value)}, {_who(one)}, {age(view.wall - one.timestamp)} ago"
-
-
-def _who(one: Exemplar) -> str:
-    """`fio (pid 4242), 10.0.0.1:443 to 10.0.0.2:51234, /system.slice/db.service`"""
-    labels = dict(one.labels)
-    pid = f" (pid {labels['pid']})" if "pid" in labels else ""
-    ends = ""
-    if "raddr" in labels:
-        ends = f"{labels.get('laddr', '')}:{labels.get('lport', '')} to {labels['raddr']}:{labels.get('rport', '')}"
-    parts = [f"{labels.get('comm', '')}{pid}".strip(), ends, labels.get("cgroup", "")]
-    return ", ".join(filter(None, parts)) or "no task"
+        yield f"Example: {_time(one.value)}, {who(one.labels)}, {age(view.wall - one.timestamp)} ago"

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from daemon.declare import Collector, Option
-from daemon.words import age, hooks
+from daemon.words import age, hooks, share
 
 if TYPE_CHECKING:
     from daemon.attach import Plan
 
 Status = Mapping[str, Any]
+_COVERED = 0.99  # as the alert on bpfmetricsd_coverage_ratio
 
 
 class Style:
@@ -132,6 +133,9 @@ def _remarks(name: str, one: Status) -> Iterable[str]:
     lost = ", ".join(f"{number} by {reason}" for reason, number in one.get("lost", {}).items() if number)
     if lost:
         yield f"{name} lost events: {lost}"
+    coverage = one.get("coverage")
+    if coverage is not None and coverage < _COVERED:
+        yield f"{name} counts {share(coverage)} of what the kernel counts of the same"
     if one.get("series_dropped"):
         yield f"{name} added {one['series_dropped']} label sets to 'other'; raise max_series to see them apart"
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from daemon import histogram
 from daemon.errors import UsageError
 from daemon.journal import escaped
-from daemon.model import Distribution, Family, Metric, Series
+from daemon.model import Distribution, Exemplar, Family, Metric, Series
+from daemon.recent import Group, grouped
+from daemon.words import who
 
 STARS = 40
 _MILLISECONDS_FROM = 2.0**-10
@@ -25,7 +27,6 @@ _CACHESTAT_COLUMNS = {
     "HITS": 8, "MISSES": 8, "DIRTIES": 8, "HITRATIO": 8, "BUFFERS_MB": 12, "CACHED_MB": 10, "ADDED": 8,
 }  # fmt: skip
 
-Group = tuple[str, ...]
 Bold = Callable[[str], str]
 
 
@@ -83,23 +84,6 @@ def bars(metric: Metric, value: Distribution, unit: Scale) -> list[str]:
     return [*lines, "", f"{mean}, total: {total:.0f} {unit.name}, count: {value.count}"]
 
 
-def grouped(family: Family, labels: Sequence[str]) -> dict[Group, float | Distribution]:
-    """The family's values, added up over all labels but these; a label that it does not have counts as absent."""
-    places = [family.metric.labels.index(label) for label in labels if label in family.metric.labels]
-    sums: dict[Group, float | Distribution] = {}
-    for series in family.series:
-        key = tuple(series.labels[place] for place in places)
-        known = sums.get(key)
-        sums[key] = series.value if known is None else _add(known, series.value)
-    return sums
-
-
-def _add(left: float | Distribution, right: float | Distribution) -> float | Distribution:
-    if isinstance(left, Distribution) and isinstance(right, Distribution):
-        return histogram.add(left, right)
-    return _number(left) + _number(right)
-
-
 def _number(value: float | Distribution) -> float:
     if isinstance(value, Distribution):
         raise TypeError("a histogram among counters")
@@ -126,18 +110,18 @@ def _series(after: Series, before: Series | None) -> Series:
 
 
 def render(shown: Sequence[Family], totals: Sequence[Family], view: View) -> list[str]:
-    """All families, each below a title where there are several. `totals`, since the beginning, set the units."""
+    """The families that counted, each below a title where there may be several. `totals`, since the beginning, set the
+    units."""
     check_label(shown, view.by)
     every = {family.metric.name: family for family in totals}
     lines: list[str] = []
     for family in shown:
-        if len(shown) > 1:
-            lines += ["", view.bold(family.metric.help)]
-        if family.metric.type == "histogram":
-            lines += _histograms(family, every.get(family.metric.name, family), view)
-        else:
-            lines += table(family, view)
-    return lines
+        whole = every.get(family.metric.name, family)
+        counted = _histograms(family, whole, view) if family.metric.type == "histogram" else table(family, view)
+        if counted:
+            lines += ["", view.bold(family.metric.help)] if len(shown) > 1 else []
+            lines += counted
+    return lines or ["     nothing counted"]
 
 
 def check_label(families: Iterable[Family], by: str | None) -> None:
@@ -156,27 +140,44 @@ def _histograms(family: Family, totals: Family, view: View) -> list[str]:
         if unit and isinstance(value, Distribution) and value.count:
             lines += ["", f"{view.by} = {escaped(key[0])}"] if key else []
             lines += bars(family.metric, value, unit)
-    return lines or ["     nothing counted"]
+    return lines
 
 
 def table(family: Family, view: View) -> list[str]:
-    """A counter: its labels and what is not zero, the most first."""
+    """A counter: its labels and what is not zero, the most first; whom the last of each met, where that is known."""
     labels = (view.by,) if view.by in family.metric.labels and view.by else family.metric.labels
     groups = grouped(family, labels).items()
     counted = [(key, value) for key, value in groups if isinstance(value, (int, float)) and value]
     if not counted:
-        return ["     nothing counted"]
+        return []
+    last = _last(family, labels)
     rows = [[label.upper() for label in labels] + ["COUNT"] + ["PER_SECOND"] * (view.seconds is not None)]
-    for key, value in sorted(counted, key=lambda one: (-one[1], one[0])):
+    counted.sort(key=lambda one: (-one[1], one[0]))
+    for key, value in counted:
         rate = [f"{value / view.seconds:.1f}"] if view.seconds else []
         rows.append([*map(escaped, key), f"{value:.0f}", *rate])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numbers = len(labels)
-    return [
+    lines = [
         "  ".join(f"{cell:<{width}}" if i < numbers else f"{cell:>{width}}"
                   for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]  # fmt: skip
+    if not last:
+        return lines
+    ends = ["LAST", *(last.get(key, "") for key, _ in counted)]
+    return [f"{line}  {end}".rstrip() for line, end in zip(lines, ends, strict=True)]
+
+
+def _last(family: Family, labels: Sequence[str]) -> dict[Group, str]:
+    """Of each group, who the newest exemplar tells of."""
+    places = [family.metric.labels.index(label) for label in labels]
+    newest: dict[Group, Exemplar] = {}
+    for series in family.series:
+        key = tuple(series.labels[place] for place in places)
+        if series.exemplar and (key not in newest or newest[key].timestamp < series.exemplar.timestamp):
+            newest[key] = series.exemplar
+    return {key: escaped(who(one.labels)) for key, one in newest.items()}
 
 
 def cachestat_header(timed: bool) -> str:

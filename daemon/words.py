@@ -65,3 +65,15 @@ def hooks(names: Iterable[str]) -> str:
         kind, _, target = one.partition(":")
         kinds.setdefault(kind, []).append(target)
     return "; ".join(f"{kind}: {' '.join(dict.fromkeys(targets))}" for kind, targets in kinds.items())
+
+
+def who(labels: Iterable[tuple[str, str]]) -> str:
+    """An exemplar's labels: `fio (pid 4242), 10.0.0.1:443 to 10.0.0.2:51234, /system.slice/db.service`."""
+    known = dict(labels)
+    pid = f" (pid {known['pid']})" if "pid" in known else ""
+    ends = ""
+    if "raddr" in known:
+        ends = f"{known.get('laddr', '')}:{known.get('lport', '')} to {known['raddr']}:{known.get('rport', '')}"
+    pod = f"pod {known['pod']}" if "pod" in known else ""
+    parts = [f"{known.get('comm', '')}{pid}".strip(), ends, known.get("cgroup", ""), pod]
+    return ", ".join(filter(None, parts)) or "no task"

@@ -66,6 +66,17 @@ def test_status_when_all_is_well_and_the_cost_is_known() -> None:
     assert len(lines) == 4
 
 
+def test_what_is_not_seen_is_told_once_it_is_more_than_a_hundredth() -> None:
+    one = found()["collectors"]["biolatency"]
+
+    def told(coverage: float | None) -> bool:
+        every = {"biolatency": one | {"coverage": coverage}}
+        lines = screen.status(found(collectors=every), 1000.0, DARK)
+        return "biolatency counts 98.0 % of what the kernel counts of the same" in lines
+
+    assert [told(coverage) for coverage in (None, 1.0, 0.995, 0.98)] == [False, False, False, True]
+
+
 def test_colours_only_on_a_terminal_and_not_where_nobody_wants_them() -> None:
     class Terminal(StringIO):
         def isatty(self) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from daemon import show
 from daemon.errors import UsageError
 from daemon.histogram import BYTES, SECONDS, Scale
-from daemon.model import Distribution, Family, Metric, Series
+from daemon.model import Distribution, Exemplar, Family, Metric, Series
 from daemon.show import View
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -155,9 +155,29 @@ def test_control_characters_of_labels_do_not_reach_the_terminal() -> None:
 
 
 def test_nothing_counted() -> None:
-    empty = [Family(TIME, []), Family(ERRORS, [])]
-    nothing = "     nothing counted\n"
-    assert rendered(empty) == f"\nTime of a request.\n{nothing}\nRequests that failed.\n{nothing}"
+    assert rendered([Family(TIME, []), Family(ERRORS, [])]) == "     nothing counted\n"
+
+
+def test_a_family_that_counted_nothing_takes_no_line() -> None:
+    errors = Family(ERRORS, [Series(("vdb", "read", "ioerr"), 1)])
+    assert rendered([Family(TIME, []), errors]).startswith("\nRequests that failed.\n")
+
+
+def test_a_table_tells_whom_the_last_of_each_met() -> None:
+    def seen(comm: str, when: float) -> Exemplar:
+        ends = (("laddr", "10.0.0.1"), ("lport", "22"), ("raddr", "10.0.0.2"), ("rport", "5000"))
+        return Exemplar((("pid", "7"), ("comm", comm), *ends), 1, when)
+
+    family = Family(ERRORS, [
+        Series(("vda", "read", "medium"), 3, 1.0, seen("old", 5.0)),
+        Series(("vdb", "read", "ioerr"), 4, 1.0, seen("\033[2Jnew", 9.0)),
+        Series(("vdb", "write", "ioerr"), 1, 1.0),
+    ])  # fmt: skip
+    assert show.table(family, View(by="operation")) == [
+        "OPERATION  COUNT  LAST",
+        "read           7  \\x1b[2Jnew (pid 7), 10.0.0.1:22 to 10.0.0.2:5000",
+        "write          1",
+    ]
 
 
 def test_an_unknown_label_names_the_known_ones() -> None:

@@ -30,3 +30,11 @@ def test_a_share_that_is_not_all_is_not_told_as_all() -> None:
 
 def test_hooks_by_their_kind() -> None:
     assert words.hooks(["tp_btf:a", "tp_btf:b", "tp_btf:a", "kprobe:c"]) == "tp_btf: a b; kprobe: c"
+
+
+def test_who_it_was() -> None:
+    ends = (("laddr", "10.0.0.1"), ("lport", "443"), ("raddr", "10.0.0.2"), ("rport", "51234"))
+    assert words.who((("pid", "7"), ("comm", "fio"), *ends)) == "fio (pid 7), 10.0.0.1:443 to 10.0.0.2:51234"
+    assert words.who((("pid", "7"), ("comm", "fio"), ("cgroup", "/a"))) == "fio (pid 7), /a"
+    assert words.who((("pod", "d00d"), ("container", "c0de"))) == "pod d00d"
+    assert words.who(()) == "no task"
