@@ -103,16 +103,15 @@ def _script(commands: Sequence[Command]) -> str:
     return f"results={RESULTS}\n{_INSIDE}{runs}{_END}"
 
 
-def _job(commands: Sequence[Command], path: Path) -> None:
-    """The script and the working tree's files, as git knows them, new ones included."""
+def _job(script: str, path: Path) -> None:
+    """What process 1 runs, and the working tree's files, as git knows them, new ones included."""
     git = ("git", "-c", "safe.directory=*", "-C", CHECKOUT)
     files = ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     listing = subprocess.run((*git, *files), check=True, stdout=subprocess.PIPE).stdout.decode()
     with tarfile.open(path, "w") as archive:
-        script = _script(commands).encode()
         entry = tarfile.TarInfo("inside")
-        entry.size = len(script)
-        archive.addfile(entry, io.BytesIO(script))
+        entry.size = len(script.encode())
+        archive.addfile(entry, io.BytesIO(script.encode()))
         for name in sorted(set(filter(None, listing.split("\0")))):
             if (CHECKOUT / name).is_file():
                 archive.add(CHECKOUT / name, f"checkout/{name}")
@@ -128,17 +127,26 @@ def run(image: Image, commands: Sequence[Command], cpus: int = CPUS, total_s: fl
     A guest that is lost before any of the commands began says nothing about them, and is booted again.
     """
     for _ in range(_BOOTS):
-        result = _run(image, commands, cpus, total_s)
+        result = _run(image, _script(commands), cpus, total_s)
         if not result.lost or "boot" in result.files:
             break
     return result
 
 
-def _run(image: Image, commands: Sequence[Command], cpus: int, total_s: float) -> Result:
+def boot(image: Image, script: str, total_s: float) -> Result:
+    """Boots with `script` as process 1, and keeps what is written to the root file system.
+
+    Somebody in there has to write a tar of results to /dev/vdc, with a file `end` in it, and to end the machine; a
+    reboot ends it, too.
+    """
+    return _run(image, script, CPUS, total_s, keep=True)
+
+
+def _run(image: Image, script: str, cpus: int, total_s: float, keep: bool = False) -> Result:
     with tempfile.TemporaryDirectory(prefix="bpfmetricsd-vm-") as name:
         folder = Path(name)
         console = folder / "console"
-        _job(commands, folder / "job")
+        _job(script, folder / "job")
         with open(folder / "results", "wb") as results:
             results.truncate(_RESULTS_BYTES)
         begun = time.monotonic()
@@ -148,7 +156,7 @@ def _run(image: Image, commands: Sequence[Command], cpus: int, total_s: float) -
                 *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus), "-m", MEMORY),
                 *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", f"file:{console}"),
                 *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", _COMMAND_LINE),
-                *("-drive", f"file={image.root},format=raw,if=virtio,snapshot=on,cache=unsafe"),
+                *("-drive", f"file={image.root},format=raw,if=virtio,cache=unsafe,snapshot={'off' if keep else 'on'}"),
                 *_disk(folder / "job", read_only=True),
                 *_disk(folder / "results"),
             ],
