@@ -89,7 +89,7 @@ _PANELS = (
         Query(f"sum by (device) (rate({_DEVICE}_sum{{HOST}}[$__rate_interval]))", "requests with {{device}}"),
         width=24, height=7,
     ),
-    row("CPU"),
+    row("Load and run queue"),
     heatmap(
         "Wait for a CPU", "s",
         Help("How long runnable tasks waited for a CPU.",
@@ -104,11 +104,11 @@ _PANELS = (
              "well under one for each CPU.", "the top line is who wants more CPU than there is."),
         Query(f"topk(10, sum by (cgroup) (rate({_RUN_QUEUE}_sum{{HOST}}[$__rate_interval])))", "{{cgroup}}"),
     ),
-    row("Errors"),
+    row("Errors and kills"),
     graph(
         "OOM kills", "none",
         Help("Processes killed for want of memory, by scope and the victim's cgroup.", "none.",
-             f"look up the victim: journalctl MESSAGE_ID={MESSAGE_ID}."),
+             f"a point names the victim; more of it: journalctl MESSAGE_ID={MESSAGE_ID}."),
         Query(grown("bpf_oom_kills_total", "HOST", "scope, cgroup"), "{{cgroup}} ({{scope}})"), stack=True,
     ),
     graph(
@@ -132,7 +132,7 @@ _PANELS = (
              "one operation alone is slow: writes and flushes point at the device's cache, reads at the device."),
         Query(quantile(0.99, _DEVICE, "HOST", "device, operation"), "{{device}} {{operation}}"),
     ),
-    row("Page cache"),
+    row("Memory and page cache"),
     graph(
         "Hit ratio", "percentunit",
         Help("Share of page accesses that found their page in memory.", "steady; above 90 % on most hosts.",

@@ -25,7 +25,7 @@ _PANELS = (
     ),
     graph(
         "Accesses and misses", "short",
-        Help("Pages each second that reads asked for or faults mapped, and those of them that were not in memory.",
+        Help("Pages each second that reads asked for or faults touched, and those of them that were not in memory.",
              "misses are a small part.", "each miss is a read from disk: see Block I/O for what it costs."),
         Query(_pages("accesses"), "{{instance}} accesses"), Query(_pages("misses"), "{{instance}} misses"),
     ),
@@ -46,7 +46,7 @@ _PANELS = (
         "OOM kills", "none",
         Help("Processes killed for want of memory, by scope and the victim's cgroup.", "none.",
              "memcg: raise memory.max of the cgroup or mend its leak. global: the host is too small for what runs on"
-             f" it; give cgroups limits. The victim: journalctl MESSAGE_ID={MESSAGE_ID}."),
+             f" it; give cgroups limits. The points name victims; more of them: journalctl MESSAGE_ID={MESSAGE_ID}."),
         Query(grown("bpf_oom_kills_total", _OOM, "scope, cgroup"), "{{cgroup}} ({{scope}})"), stack=True,
     ),
     table(

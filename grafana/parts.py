@@ -31,6 +31,7 @@ SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _HOST = 'job=~"$job",instance=~"$instance"'
 _SELECTORS = {"HOST": _HOST, "DISK": f'{_HOST},device=~"$device"', "GROUP": f'{_HOST},cgroup=~"$cgroup"'}
 _GREEN, _YELLOW, _RED = "green", "#EAB839", "red"
+_EXEMPLARS = re.compile(r"_bucket\{|(retransmits|oom_kills)_total\{")  # what has them
 ANY = (0.5, 1)  # steps of a number of bad things: one is red
 
 
@@ -94,7 +95,7 @@ def _target(query: Query, number: int) -> prometheus.Dataquery:
         .expr(full(query.expr))
         .legend_format(query.legend or "__auto")
         .ref_id(chr(ord("A") + number))
-        .exemplar(bool(re.search(r"_bucket\{|retransmits_total\{", query.expr)))
+        .exemplar(not query.instant and bool(_EXEMPLARS.search(query.expr)))
     )
     return target.instant() if query.instant else target.range()
 

@@ -52,6 +52,48 @@ def exported() -> set[str]:
     return {metric.name + suffix for metric in metrics for suffix in SUFFIXES[metric.type]}
 
 
+def test_all_subjects_have_a_dashboard() -> None:
+    assert [load(name)["title"] for name in build.ALL] == [
+        "Host overview", "Block I/O", "Scheduler", "TCP", "Page cache and OOM", "Fleet", "bpfmetricsd itself",
+    ]  # fmt: skip
+
+
+def test_the_overview_has_the_order_in_which_one_looks() -> None:
+    shown = load("host.json")["panels"]
+    tiles = [panel["title"].split(":")[0] for panel in shown if panel["type"] == "stat"]
+    assert tiles == ["CPU", "Errors", "Errors", "Disk", "Memory", "Network", "Collectors down"]
+    assert [panel["title"] for panel in shown if panel["type"] == "row"] == [
+        "Load and run queue", "Errors and kills", "Disk", "Memory and page cache", "Network",
+    ]  # fmt: skip
+    places = [(panel["gridPos"]["y"], panel["gridPos"]["x"]) for panel in shown]
+    assert places == sorted(places)
+
+
+def test_every_histogram_is_drawn_as_one() -> None:
+    drawn = {
+        found
+        for name in build.ALL
+        for panel in panels(name)
+        if panel["type"] == "heatmap"
+        for found in re.findall(r"rate\((bpf_\w+)_bucket\{", panel["targets"][0]["expr"])
+    }
+    assert drawn == {name.removesuffix("_bucket") for name in exported() if name.endswith("_bucket")}
+
+
+@each
+def test_what_is_looked_at_can_be_chosen(name: str) -> None:
+    more = {"block-io.json": ["device"], "scheduler.json": ["cgroup"], "memory.json": ["cgroup"]}
+    names = [one["name"] for one in load(name)["templating"]["list"]]
+    assert names == ["datasource", "job", "instance", *more.get(name, [])]
+
+
+@each
+def test_oom_kills_are_marked(name: str) -> None:
+    (kills,) = load(name)["annotations"]["list"]
+    assert kills["enable"]
+    assert "bpf_oom_kills_total" in kills["expr"]
+
+
 @each
 def test_is_current(name: str) -> None:
     assert (build.FOLDER / name).read_text() == build.text(build.ALL[name]), "run 'python -m grafana.build'"
@@ -89,7 +131,8 @@ def test_each_panel_has_a_unit_and_queries(name: str) -> None:
 def test_heatmaps_are_of_buckets_and_histograms_show_exemplars(name: str) -> None:
     for panel in panels(name):
         for target in panel["targets"]:
-            assert target["exemplar"] == bool(re.search(r"_bucket\{|retransmits_total\{", target["expr"]))
+            points = re.search(r"_bucket\{|(retransmits|oom_kills)_total\{", target["expr"])
+            assert target["exemplar"] == bool(points and target["range"])
             if panel["type"] == "heatmap":
                 assert target["format"] == "heatmap"
                 assert target["expr"].startswith("sum by (le) (")

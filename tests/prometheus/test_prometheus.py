@@ -282,6 +282,15 @@ def test_every_query_has_data(prometheus: Prometheus, path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_query_that_shows_exemplars_has_some(prometheus: Prometheus, watched: Watched, path: Path) -> None:
+    targets = [target for panel in json.loads(path.read_text())["panels"] for target in panel.get("targets", ())]
+    asked = [substituted(target["expr"]) for target in targets if target["exemplar"]]
+    if not watched.load.killed:
+        asked = [query for query in asked if "bpf_oom_kills_total" not in query]
+    assert [query for query in asked if not prometheus.exemplars(query)] == []
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 def test_every_variable_has_values(prometheus: Prometheus, path: Path) -> None:
     for variable in json.loads(path.read_text())["templating"]["list"]:
         if variable["type"] == "query":
