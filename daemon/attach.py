@@ -197,8 +197,20 @@ def attach(name: str, hook: Hook, program: int) -> int:
         if hook.kind in ("kprobe", "kretprobe"):
             return _attach_kprobe(hook, program)
         return libbpf.raw_tracepoint_open(None, program)
+    except PermissionError as error:
+        raise Refused(name, f"{os.strerror(error.errno or 0)}{_paranoia(hook)}") from error
     except OSError as error:
         raise Refused(name, os.strerror(error.errno or 0)) from error
+
+
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+
+
+def _paranoia(hook: Hook, setting: Path = _PARANOID) -> str:
+    """Debian's kernels know a level 3, which mainline does not: CAP_PERFMON does not open perf events there."""
+    if hook.kind in ("kprobe", "kretprobe") and int(setting.read_text()) > 2:
+        return "; kernel.perf_event_paranoid=3 leaves kprobes to CAP_SYS_ADMIN, set it to 2"
+    return ""
 
 
 _KPROBE = Path("/sys/bus/event_source/devices/kprobe")

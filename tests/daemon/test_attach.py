@@ -324,3 +324,12 @@ def test_map_numbers_come_to_mean_the_existing_maps() -> None:
 
 def test_kprobe_attributes_have_the_size_that_the_kernel_knows() -> None:
     assert ctypes.sizeof(attach._PerfEventAttr) == 72  # PERF_ATTR_SIZE_VER1
+
+
+def test_a_paranoid_kernel_is_named(tmp_path: Path) -> None:
+    setting = tmp_path / "perf_event_paranoid"
+    setting.write_text("2\n")
+    assert attach._paranoia(Hook("kprobe", "do_read"), setting) == ""
+    setting.write_text("3\n")
+    assert "set it to 2" in attach._paranoia(Hook("kretprobe", "do_read"), setting)
+    assert attach._paranoia(Hook("fexit", "do_read"), setting) == ""

@@ -24,7 +24,8 @@ URL = "http://127.0.0.1:10435/metrics"
 RESULTS = Path("/dev/vdc")
 BEEN = Path("/var/lib/been-here")
 MEBIBYTES = 48
-KINDS = ("tp_btf", "tp_btf,fentry,fexit")
+PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+KINDS = (("tp_btf", ""), ("tp_btf,fentry,fexit", ""), ("tp_btf,fentry,fexit", "2"))  # and how paranoid to be
 _PATIENCE_S = 400
 _EATER = "import sys; b'x' * (1 << 30)"
 
@@ -123,13 +124,15 @@ def limited() -> dict[str, Any]:
 def hooks() -> dict[str, Any]:
     """One collector on the kinds of hooks that few kernels need, loaded within the loader's sandbox."""
     found = {}
-    for forbidden in KINDS:
+    for forbidden, paranoia in KINDS:
+        if paranoia:
+            PARANOID.write_text(paranoia)
         drop_in(LOADER, f"[Service]\nEnvironment=BPFMETRICSD_FORBID={forbidden}\nExecReload=\n"
                         "ExecReload=/usr/bin/bpfmetricsd load --only cachestat\n")  # fmt: skip
         before = scrape()
         run("systemctl", "reload", LOADER)
-        cachestat = wait_for(lambda: status()["collectors"]["cachestat"], "status")
-        found[forbidden] = {
+        cachestat = status()["collectors"]["cachestat"]
+        found[f"{forbidden} {paranoia}".strip()] = {
             "hooks": [program["hook"] for program in cachestat["programs"].values()],
             "up": cachestat["up"],
             "error": cachestat["error"],
