@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-.PHONY: setup run test lint deb dashboards help
+.PHONY: setup run test test-vm accuracy lint deb screenshot dashboards help
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python
 
@@ -16,6 +16,17 @@ test: ## run the tests (installs what is missing)
 	@packaging/bootstrap test
 	$(PYTHON) -m pytest -m 'not vm'
 
+test-vm: ## run the tests on other kernels and other Debians (QEMU, systemd-nspawn; about 40 minutes)
+	@packaging/bootstrap vm
+	$(PYTHON) -m pytest -m vm
+
+accuracy: ## compare with the kernel's own counts, here and in the guests, and write docs/accuracy.md
+	@packaging/bootstrap vm
+	rm -rf dist/accuracy
+	BPFMETRICSD_ACCURACY=$(CURDIR)/dist/accuracy $(PYTHON) -m pytest -m kernel tests/kernel
+	BPFMETRICSD_ACCURACY=$(CURDIR)/dist/accuracy $(PYTHON) -m pytest -m vm tests/vm/test_kernels.py
+	$(PYTHON) -m tests.accuracy dist/accuracy/*.json
+
 lint: ## ruff, mypy, shell and YAML checks
 	@packaging/bootstrap test
 	$(PYTHON) -m ruff check .
@@ -28,6 +39,10 @@ lint: ## ruff, mypy, shell and YAML checks
 deb: ## build the Debian package into dist/
 	@packaging/bootstrap test
 	@packaging/build-deb
+
+screenshot: ## take the picture of the page that the README shows (real load for two minutes)
+	@packaging/bootstrap test
+	BPFMETRICSD_UPDATE_GOLDEN=1 $(PYTHON) -m pytest tests/kernel/test_page.py -k which_resource
 
 dashboards: ## write grafana/dashboards from the Python that builds them
 	@packaging/bootstrap test

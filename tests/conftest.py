@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from tests import accuracy
+
 REQUIRE = "BPFMETRICSD_REQUIRE"
 Lacks = Callable[[str], NoReturn]
 
@@ -33,6 +35,10 @@ def pytest_runtest_makereport() -> Generator[None, Any, None]:
         if not reason.startswith("this kernel"):
             report.outcome = "failed"
             report.longrepr = f"skipped, which {REQUIRE}=1 makes a failure: {reason}"
+
+
+def pytest_sessionfinish() -> None:
+    accuracy.leave()
 
 
 def _things() -> dict[str, set[str]]:

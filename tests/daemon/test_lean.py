@@ -50,5 +50,5 @@ def test_bare_package_runs_no_init_and_can_be_undone() -> None:
 
 
 def test_missing_package_is_named() -> None:
-    with pytest.raises(UnsupportedError, match=r"^the Python module no_such_module is missing; install the package it$"):
-        lean.bare("no_such_module", "it")
+    with pytest.raises(UnsupportedError, match=r"^the Python module no_such_module is missing; install the package x$"):
+        lean.bare("no_such_module", "x")

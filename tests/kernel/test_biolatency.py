@@ -17,6 +17,7 @@ import pytest
 
 from daemon.histogram import BYTES, SECONDS
 from daemon.model import Distribution
+from tests.accuracy import compared
 from tests.kernel import load as loads
 from tests.kernel.load import Disk, DiskStat
 
@@ -124,6 +125,8 @@ def count(loaded: Any, disk: Disk, load: Callable[[], None]) -> Counted:
 
 
 def matches(loaded: Any, counted: Counted) -> None:
+    compared(loaded, "requests", sum(counted.counts().values()), sum(counted.expected_counts().values()))
+    compared(loaded, "bytes", sum(counted.bytes().values()), sum(counted.expected_bytes().values()))
     assert counted.counts() == counted.expected_counts()
     assert counted.bytes() == counted.expected_bytes()
     assert not any(loaded.losses().values())
@@ -197,6 +200,7 @@ def test_queue_and_device_time_are_the_kernels_ticks(load, disks, fio: Callable[
         duration, queue, _ = counted.ours[operation]
         ours_ms = (duration.sum + queue.sum) * 1000
         print(f"{operation}: {ours_ms:.1f} ms, kernel {ticks} ms, {(ours_ms / ticks - 1) * 100:+.3f} %")
+        compared(loaded, "queue and device seconds", ours_ms / 1000, ticks / 1000)
         assert ticks * 0.98 < ours_ms < ticks + 1
 
 

@@ -22,6 +22,7 @@ import pytest
 
 from collectors import oomkill
 from daemon import cgroups
+from tests.accuracy import compared
 from tests.kernel.memory import (
     LIMIT_BYTES,
     V1_FREEZER,
@@ -70,6 +71,12 @@ def kills(loaded: Any) -> dict[str, int]:
     return {path: count for (scope, path), count in found.items() if group("") in path and scope == "memcg"}
 
 
+def agrees(loaded: Any, killed: int) -> None:
+    ours = sum(loaded.series(KILLS).values())
+    compared(loaded, "kills", ours, killed)
+    assert ours == killed
+
+
 def pids(loaded: Any) -> list[int]:
     """Of the events, of this test's own cgroups."""
     loaded.engine.drain()
@@ -86,7 +93,7 @@ def test_kills_equal_the_kernels_count_by_the_victims_cgroup(load: Load, forbid:
         oom_kill(group("a.service"))
     oom_kill(group("b.slice"))
     assert kills(loaded) == {f"/{group('a.service')}": 3, f"/{group('b.slice')}": 1}
-    assert sum(loaded.series(KILLS).values()) == vmstat() - before
+    agrees(loaded, vmstat() - before)
     assert not any(loaded.losses().values())
 
 
@@ -247,7 +254,8 @@ def test_a_task_that_is_exiting_already_is_not_killed_again(load: Load, lacks: C
         assert marks(exiting.pid) == 1
         assert [marks(pid) for pid in killed] == [1] * len(killed)
     assert pids(loaded) == killed
-    assert sum(kills(loaded).values()) == len(killed) == vmstat() - before
+    assert len(killed) == vmstat() - before
+    agrees(loaded, len(killed))
 
 
 def test_kills_that_are_not_for_memory(load: Load) -> None:
@@ -270,7 +278,7 @@ def test_kills_that_are_not_for_memory(load: Load) -> None:
             assert victim.wait() == -signal.SIGKILL
     assert not pids(loaded)
     assert not kills(loaded)
-    assert sum(loaded.series(KILLS).values()) == vmstat() - before
+    agrees(loaded, vmstat() - before)
 
 
 @pytest.fixture
@@ -309,6 +317,7 @@ def test_the_victim_of_another_groups_allocation(load: Load, root: Path) -> None
         assert victim.wait(60) == -signal.SIGKILL
         assert [kills_of(one) for one in (nest, victims, others)] == [1, 1, 0]
     assert vmstat() - before == 1
+    agrees(loaded, 1)
     assert kills(loaded) == {f"{path}/victim.scope": 1}
     names = ("cgroup", "scope", "killer_pid", "killer_comm", "oom_score_adj")
     assert facts(loaded, *names) == {victim.pid: [f"{path}/victim.scope", "memcg", other.pid, "the other", 1000]}
@@ -338,6 +347,7 @@ def test_a_group_that_is_killed_as_a_whole(load: Load, root: Path) -> None:
     assert kills(loaded) == {f"{path}/eating": 1, f"{path}/asleep": 3}
     assert counted == [4, 1, 3]
     assert vmstat() - before == 4
+    agrees(loaded, 4)
 
 
 def test_the_machine_runs_out_of_memory(load: Load, root: Path, lacks: Callable[[str], NoReturn]) -> None:
@@ -353,6 +363,7 @@ def test_the_machine_runs_out_of_memory(load: Load, root: Path, lacks: Callable[
             assert victim.wait(120) == -signal.SIGKILL
         assert kills_of(big) == 1
     assert vmstat() - before == 1
+    agrees(loaded, 1)
     assert loaded.series(KILLS)["global", path] == 1
     assert facts(loaded, "cgroup", "scope", "oom_score_adj") == {victim.pid: [path, "global", 1000]}
     (event,) = [event for event in loaded.events if event.fields["pid"] == victim.pid]

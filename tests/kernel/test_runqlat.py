@@ -13,6 +13,7 @@ import pytest
 from daemon import cgroups
 from daemon.histogram import SECONDS
 from daemon.model import Distribution
+from tests.accuracy import compared
 from tests.kernel import load as loads
 from tests.kernel.load import Crew, Switches, Waits
 
@@ -58,7 +59,11 @@ def count(loaded: Any, labels: tuple[str, ...], crew: Crew, beside: Callable[[],
         kernel = crew.work(beside)
         after = loaded.series(LATENCY)[labels]
         ours = Distribution((), after.count - before.count, after.sum - before.sum)
-        return Counted(kernel, ours, switches().since(seen))
+        counted = Counted(kernel, ours, switches().since(seen))
+        if not counted.switches.unseen:
+            compared(loaded, "waits", ours.count, kernel.count)
+            compared(loaded, "waited seconds", ours.sum, kernel.wait_ns / 1e9)
+        return counted
 
 
 def fidelity(loaded: Any) -> tuple[str, str]:

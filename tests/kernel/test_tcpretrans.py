@@ -22,6 +22,7 @@ import pytest
 
 from daemon import coverage, loader
 from daemon.btf import Btf
+from tests.accuracy import compared
 from tests.kernel import net
 from tests.kernel.net import End
 
@@ -135,6 +136,8 @@ class Lab:
             return self.account().since(before)
 
         found = net.undisturbed(EVENTS, self._disturbs, once)
+        segments = found.retransmits.total() + found.kernel["TCPRetransFail"]
+        compared(self.loaded, "segments", segments, found.kernel["RetransSegs"])
         found.check()
         return found
 
