@@ -97,16 +97,28 @@ static __always_inline u64 call_of(struct task_struct *task)
 #endif
 }
 
+#define FAR(pointer, field)                                                                  \
+	({                                                                                   \
+		typeof((pointer)->field) __value = 0;                                        \
+		bpf_probe_read_kernel(&__value, sizeof(__value), (void *)&(pointer)->field); \
+		__value;                                                                     \
+	})
+
 /* Tells additions by a read from those by a write, fadvise or readahead before it. */
 static __always_inline u64 reason_of(struct task_struct *task)
 {
-#ifdef READ_FUNCTION /* on kernels before 5.15 there is no bpf_task_pt_regs */
-	return call_of(task);
-#else
+#ifdef BPF_FUNC_task_pt_regs
 	struct pt_regs *registers = (void *)bpf_task_pt_regs(task);
-
-	return READ(registers, orig_ax);
+	u64 number = READ(registers, orig_ax);
+#else /* before 5.15: they lie at the end of the task's stack, of 16 KiB */
+	struct pt_regs *registers = (void *)((u64)FAR(task, stack) + (16 << 10) - sizeof(*registers));
+	u64 number = FAR(registers, orig_ax);
 #endif
+
+#ifdef READ_FUNCTION /* a read that failed tells nothing: what it added is not a miss of the next */
+	number += call_of(task) << 10;
+#endif
+	return number;
 }
 
 /* Grows when a fault of the task ends, and not when it is tried again. */
@@ -321,13 +333,6 @@ PROGRAM(filemap_map_pages)
 #else
 /* System calls of x86_64 that read from a file. */
 enum { CALL_read = 0, CALL_pread64 = 17, CALL_readv = 19, CALL_sendfile = 40, CALL_preadv = 295, CALL_preadv2 = 327 };
-
-#define FAR(pointer, field)                                                                  \
-	({                                                                                   \
-		typeof((pointer)->field) __value = 0;                                        \
-		bpf_probe_read_kernel(&__value, sizeof(__value), (void *)&(pointer)->field); \
-		__value;                                                                     \
-	})
 
 /*
  * A round that finds cached pages and then has to wait for a page on its way gives those before it without an event

@@ -77,7 +77,7 @@ COLLECTOR = Collector(
         _one("writeback_dirty_folio", "writeback_dirty_folio", "writeback_dirty_page"),
     ),
     structs={
-        "task_struct": ("bpf_storage?", "ioac?", "maj_flt", "min_flt", "nvcsw", "files"),
+        "task_struct": ("bpf_storage?", "ioac?", "maj_flt", "min_flt", "nvcsw", "files", "stack"),
         "task_io_accounting": ("syscr?", "syscw?"),
         "address_space": ("host",),
         "inode": ("i_size", "i_sb", "i_mode"),
@@ -92,7 +92,7 @@ COLLECTOR = Collector(
         "vm_area_struct": ("vm_file",),
         "pt_regs": ("di", "si", "dx", "ax", "r10", "orig_ax"),
     },
-    constants=("pageflags.PG_head",),
+    constants=("pageflags.PG_head", "bpf_func_id.BPF_FUNC_task_pt_regs?"),
     options=(),
     metrics=lambda options: _METRICS,
     defines=lambda options: {},
