@@ -26,6 +26,13 @@ _STATUS = {
     1: "notsupp", 2: "timeout", 3: "nospc", 4: "transport", 5: "target", 6: "resv_conflict", 7: "medium",
     8: "protection", 9: "resource", 10: "ioerr", 11: "dm_requeue", 12: "again", 13: "dev_resource",
 }  # fmt: skip
+# block/blk-core.c: blk_errors[], so that an error has one name on all kernels.
+_ERRNO = {
+    errno.EOPNOTSUPP: "notsupp", errno.ETIMEDOUT: "timeout", errno.ENOSPC: "nospc", errno.ENOLINK: "transport",
+    errno.EREMOTEIO: "target", errno.EBADE: "resv_conflict", errno.ENODATA: "medium", errno.EILSEQ: "protection",
+    errno.ENOMEM: "resource", errno.EIO: "ioerr", errno.EREMCHG: "dm_requeue", errno.EAGAIN: "again",
+    errno.EBUSY: "dev_resource",
+}  # fmt: skip
 
 DURATION = Metric(
     "bpf_block_io_duration_seconds", "histogram",
@@ -46,7 +53,7 @@ ERRORS = Metric("bpf_block_io_errors", "counter", "Block requests that completed
 def error_name(error: int) -> str:
     """blk_status_t, or a negative errno as kernels before 5.17 pass it (those without blk_status_t here)."""
     if error < 0:
-        return errno.errorcode.get(-error, str(error)).lower()
+        return _ERRNO.get(-error) or errno.errorcode.get(-error, str(error)).lower()
     return _STATUS.get(error, f"status_{error}")
 
 

@@ -4,7 +4,8 @@
 Scope `memcg`: a memory cgroup reached its limit; `global`: the machine ran out; `unknown`: this kernel does not tell.
 The cgroup is the victim's, not the one whose limit was reached.
 
-Truth: `oom_kill` in `/proc/vmstat` and in `memory.events`.
+Truth: `oom_kill` in `/proc/vmstat` and in `memory.events`, which count the first victim of a group that is killed as a
+whole (`memory.oom.group`) twice.
 """
 
 from __future__ import annotations
