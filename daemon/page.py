@@ -176,7 +176,7 @@ def _row(name: str, one: Status, status: Status, view: View) -> str:
             f"{down}<code>{escape(hooks(each['hook'] for each in one['programs'].values()))}</code>",
             _lines(_fidelity(one)),
             _lost(one["lost"]),
-            _lines([_cost(name, status, view.now)]),
+            _lines(_cost(name, status, view.now)),
             escape(age(view.wall - one["started"])),
         ]
     labelled = [f'<td data-label="{label}">{cell}</td>' for label, cell in zip(_COLUMNS, cells, strict=True) if cell]
@@ -196,12 +196,13 @@ def _lines(texts: Iterable[str]) -> str:
     return "<br>".join(map(escape, texts))
 
 
-def _cost(name: str, status: Status, now: Now) -> str:
+def _cost(name: str, status: Status, now: Now) -> list[str]:
     """Of the last seconds: time for each run, and the share of one CPU."""
     runs, seconds = (
         recent.size(now.change.values.get(metric, {}).get((name,), 0)) if now.change else 0.0
         for metric in (recent.RUNS, recent.RUN_TIME)
     )
     if now.change and runs:
-        return f"{share(seconds / now.change.seconds)} CPU, {1e9 * seconds / runs:.0f} ns a run"
-    return "no run" if status["bpf_stats_enabled"] else "not counted"
+        return [f"{share(seconds / now.change.seconds)} CPU", f"{1e9 * seconds / runs:.0f} ns a run"]
+    counting = status["bpf_stats_enabled"] or (now.change and recent.total(now.change.values, recent.RUNS))
+    return ["no run"] if counting else ["not counted"]

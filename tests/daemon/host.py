@@ -14,7 +14,7 @@ import collectors
 from daemon.cards import View
 from daemon.model import Distribution, Exemplar, Family, Metric, Series
 from daemon.recent import Recent, read
-from daemon.selfmetrics import LOST
+from daemon.selfmetrics import LOST, RUN_TIME, RUNS
 
 BEGAN, STEP = 1_700_000_000.0, 5.0
 METRICS: dict[str, Metric] = {
@@ -53,6 +53,7 @@ class Host:
     disk: str = "sda"
     cgroup: str = "/system.slice/batch.service"
     lost: int = 0
+    runs: dict[str, int] = field(default_factory=dict)  # of 250 ns each
     randomness: Random = field(default_factory=lambda: Random(1))
     seconds: float = 0.0
     times: dict[tuple[str, tuple[str, ...]], Times] = field(default_factory=dict)
@@ -111,7 +112,9 @@ class Host:
             example = Exemplar(who, 1, self.wall - 2)
             series[name].append(Series(labels, number, BEGAN, example if number else None))
         lost = Family(LOST, [Series(("biolatency", "map_full"), self.lost)])
-        return [*(Family(METRICS[name], found) for name, found in series.items()), lost]
+        runs = Family(RUNS, [Series((name, "a"), number) for name, number in self.runs.items()])
+        run_time = Family(RUN_TIME, [Series((name, "a"), 250e-9 * number) for name, number in self.runs.items()])
+        return [*(Family(METRICS[name], found) for name, found in series.items()), lost, runs, run_time]
 
 
 def view(host: Host, steps: int = 24, trouble: int = 0) -> View:

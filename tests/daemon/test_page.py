@@ -162,6 +162,25 @@ def test_every_collector_has_its_card_and_its_picture() -> None:
         assert f'href="metrics?collect[]={name}"' in card
 
 
+def cost_cells(enabled: bool, runs: int) -> list[str]:
+    recent, host = Recent(), Host()
+    for number in (0, runs):
+        host.step()
+        host.runs = {"runqlat": number} if runs else {}
+        recent.keep(read(host.families(), host.seconds))
+    now = recent.now(read(host.families(), host.seconds + 5))
+    found = View(now, {one.metric.name: one for one in host.families()}, host.wall)
+    text = page.render(status(bpf_stats_enabled=enabled), found, "db1")
+    assert ("sysctl kernel.bpf_stats_enabled=1" in text) == ("not counted" in text)
+    return re.findall('data-label="Cost">(.*?)</td>', text)[:2]
+
+
+def test_what_programs_cost_is_told_where_the_kernel_counts_it() -> None:
+    assert cost_cells(enabled=False, runs=0) == ["not counted", "not counted"]
+    assert cost_cells(enabled=True, runs=0) == ["no run", "no run"]
+    assert cost_cells(enabled=False, runs=1000) == ["no run", "&lt; 0.01 % CPU<br>250 ns a run"]
+
+
 def test_the_first_page_of_all_needs_no_past() -> None:
     host = Host()
     host.step()
