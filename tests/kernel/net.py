@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_interface
@@ -202,6 +203,12 @@ def connect(client: End, server: End, family: str, port: int = 0) -> tuple[socke
         near.connect(listener.getsockname()[:2])
         far, _ = listener.accept()
     return near, far
+
+
+def at_once(action: Callable[[str], object]) -> None:
+    """For both families at the same time: most of it is waiting."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(action, SOCKET_FAMILIES))
 
 
 def send(source: socket.socket, size: int) -> threading.Thread:

@@ -203,11 +203,13 @@ def test_a_share_of_all_data_is_lost(load: Any, wire: Wire, lost: int, size: int
 def test_segments_that_wait_in_the_hosts_own_queue_are_not_repeated(lab: Lab, lacks: Callable[[str], object]) -> None:
     """Their attempts end with EBUSY, which from 6.18 on the tracepoint tells; RetransSegs does not know them."""
     near, far = lab.ends
-    slow = ("tbf", "rate", "400kbit", "burst", "4kb", "latency", "9s")
+    slow = ("tbf", "rate", "200kbit", "burst", "4kb", "latency", "9s")
     try:
         near.run("tc", "qdisc", "add", "dev", near.device, "root", *slow)
     except AssertionError as error:
         lacks(f"this kernel has no token bucket filter ({error})")
+    # Where the setting for all of the namespace is not there, the route has it.
+    near.ip("route", "change", near.subnet("ipv4"), "dev", near.device, "src", near.ipv4, "rto_min", "5ms")
 
     def traffic() -> None:
         source, sink = net.connect(near, far, "ipv4")
@@ -219,63 +221,61 @@ def test_segments_that_wait_in_the_hosts_own_queue_are_not_repeated(lab: Lab, la
     assert not found.failures.total()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lost_syns(lab: Lab, family: str) -> None:
+def test_lost_syns(lab: Lab) -> None:
     near, far = lab.ends
 
-    def traffic() -> None:
+    def traffic(family: str) -> None:
         with far.rule(*first(2, handshake_size(family), "-p", "tcp", "--syn"), family=family):
             for each in net.connect(near, far, family):
                 each.close()
 
-    assert +lab.measure(traffic).retransmits == {(family, "syn_sent", "syn"): 2}
+    found = lab.measure(lambda: net.at_once(traffic))
+    assert +found.retransmits == {(family, "syn_sent", "syn"): 2 for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lost_synacks(lab: Lab, family: str) -> None:
+def test_lost_synacks(lab: Lab) -> None:
     """The client does not know that its SYN arrived, and repeats it too."""
     near, far = lab.ends
 
-    def traffic() -> None:
+    def traffic(family: str) -> None:
         with near.rule(*first(2, handshake_size(family), *SYNACK), family=family):
             for each in net.connect(near, far, family):
                 each.close()
 
-    found = +lab.measure(traffic).retransmits
-    assert found[family, "new_syn_recv", "synack"] >= 2
-    assert found.keys() <= {(family, "new_syn_recv", "synack"), (family, "syn_sent", "syn")}
+    found = +lab.measure(lambda: net.at_once(traffic)).retransmits
+    for family in FAMILIES:
+        assert found.pop((family, "new_syn_recv", "synack")) >= 2
+    assert found.keys() <= {(family, "syn_sent", "syn") for family in FAMILIES}
 
 
 FAST_OPEN = 0x1 | 0x2 | 0x4 | 0x200 | 0x400  # as client and server, without a cookie, for all that listen
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fast_open(lab: Lab, family: str, lacks: Callable[[str], object]) -> None:
+def test_fast_open(lab: Lab, lacks: Callable[[str], object]) -> None:
     """A SYN with data is lost: both are repeated. Then a SYN-ACK, while the server's socket is in use already."""
     near, far = lab.ends
     if not all(end.sysctl("net.ipv4.tcp_fastopen", str(FAST_OPEN)) for end in lab.ends):
         lacks("this kernel has no TCP Fast Open")
 
-    def connected(listener: socket.socket, end: End, count: int, size: int, *match: str) -> None:
-        with end.rule(*first(count, size, *match), family=family), near.socket(family) as source:
+    def connected(family: str, listener: socket.socket, end: End, size: int, *match: str) -> None:
+        with end.rule(*first(1, size, *match), family=family), near.socket(family) as source:
             assert source.sendto(bytes(100), socket.MSG_FASTOPEN, listener.getsockname()[:2]) == 100
             sink, _ = listener.accept()
             with sink:
                 net.receive(sink, 100)
                 net.move(sink, source, 1)
 
-    def traffic() -> None:
+    def traffic(family: str) -> None:
         with far.listen(family) as listener:
-            connected(listener, far, 1, handshake_size(family) + 112, "-p", "tcp", "--syn")
-            connected(listener, near, 1, handshake_size(family), *SYNACK)
+            connected(family, listener, far, handshake_size(family) + 112, "-p", "tcp", "--syn")
+            connected(family, listener, near, handshake_size(family), *SYNACK)
 
-    found = +lab.measure(traffic).retransmits
-    assert found.keys() == {
-        (family, "syn_sent", "syn"),
-        (family, "new_syn_recv", "synack"),
-        (family, "established", "data"),
-    }
-    assert found[family, "established", "data"] == 1  # what came with the lost SYN
+    found = +lab.measure(lambda: net.at_once(traffic)).retransmits
+    for family in FAMILIES:
+        assert found.pop((family, "syn_sent", "syn")) >= 1
+        assert found.pop((family, "new_syn_recv", "synack")) >= 1
+        assert found.pop((family, "established", "data")) == 1  # what came with the lost SYN
+    assert not found
 
 
 def test_syn_cookies(lab: Lab, lacks: Callable[[str], object]) -> None:
@@ -284,13 +284,13 @@ def test_syn_cookies(lab: Lab, lacks: Callable[[str], object]) -> None:
     if not far.sysctl("net.ipv4.tcp_syncookies", "2"):
         lacks("this kernel has no SYN cookies")
 
-    def traffic() -> None:
-        for family in FAMILIES:
-            with near.rule(*first(1, handshake_size(family), *SYNACK), family=family):
-                for each in net.connect(near, far, family):
-                    each.close()
+    def traffic(family: str) -> None:
+        with near.rule(*first(1, handshake_size(family), *SYNACK), family=family):
+            for each in net.connect(near, far, family):
+                each.close()
 
-    assert +lab.measure(traffic).retransmits == {(family, "syn_sent", "syn"): 1 for family in FAMILIES}
+    found = lab.measure(lambda: net.at_once(traffic))
+    assert +found.retransmits == {(family, "syn_sent", "syn"): 1 for family in FAMILIES}
 
 
 def test_both_ends_connect_at_once(lab: Lab) -> None:
@@ -385,7 +385,7 @@ def test_sends_that_fail(lab: Lab, lacks: Callable[[str], object]) -> None:
             source, sink = net.connect(near, far, family)
             with source, sink:
                 net.move(source, sink, 100)
-                enough = near.counters()["TcpExt.TCPRetransFail"] + 2
+                enough = near.counters()["TcpExt.TCPRetransFail"] + 1
                 with far.rule("INPUT", "-p", "tcp", "-j", "DROP", family=family):
                     sending = net.send(source, 100_000)
                     with near.rule("OUTPUT", "-p", "tcp", "-j", "DROP", family=family):
@@ -394,7 +394,7 @@ def test_sends_that_fail(lab: Lab, lacks: Callable[[str], object]) -> None:
                 sending.join()
 
     found = lab.measure(traffic)
-    assert all(found.failures[family] >= 2 for family in FAMILIES)
+    assert all(found.failures[family] >= 1 for family in FAMILIES)
 
 
 def test_sends_that_fail_for_want_of_a_route_further_down(lab: Lab) -> None:
@@ -410,7 +410,7 @@ def test_sends_that_fail_for_want_of_a_route_further_down(lab: Lab) -> None:
             source, sink = net.connect(near, far, family)
             with source, sink:
                 net.move(source, sink, 100)
-                enough = near.counters()["TcpExt.TCPRetransFail"] + 2
+                enough = near.counters()["TcpExt.TCPRetransFail"] + 1
                 with far.rule("INPUT", "-p", "tcp", "-j", "DROP", family=family):
                     source.send(bytes(1000))
                     with near.rule(*mark, family=family):
@@ -419,7 +419,7 @@ def test_sends_that_fail_for_want_of_a_route_further_down(lab: Lab) -> None:
 
     found = lab.measure(traffic)
     if tells_failures():
-        assert all(found.failures[family] >= 2 for family in FAMILIES)
+        assert all(found.failures[family] >= 1 for family in FAMILIES)
 
 
 def test_attempts_without_a_route_are_no_retransmissions(lab: Lab) -> None:
@@ -452,8 +452,8 @@ def test_ipv4_through_an_ipv6_socket_is_ipv4(lab: Lab) -> None:
                 source.connect((f"::ffff:{far.ipv4}", PORT))
             sink, _ = listener.accept()
             with sink, near.random_loss(0.1), far.random_loss(0.1):
-                net.move(source, sink, 500_000)
-                net.move(sink, source, 500_000)
+                net.move(source, sink, 200_000)
+                net.move(sink, source, 200_000)
 
     found = +lab.measure(traffic).retransmits
     assert found["ipv4", "established", "data"] > 0
