@@ -19,6 +19,7 @@
 
 #define PAGE_SHIFT 12
 #define TMPFS_MAGIC 0x01021994
+#define OVERLAYFS_SUPER_MAGIC 0x794c7630
 #define S_IFMT 0170000
 #define S_IFBLK 0060000
 
@@ -232,13 +233,17 @@ static __always_inline void fault(u64 mapping, u64 index)
 
 #define ANY_PAGE ~0ULL
 
+#define MAGIC_OF(mapping, read)                                       \
+	({                                                            \
+		struct inode *__inode = read(mapping, host);          \
+		struct super_block *__super = read(__inode, i_sb);    \
+		read(__super, s_magic);                               \
+	})
+
 /* tmpfs has nothing behind it and its reads are not seen here, so that its faults do not count either. */
 static __always_inline void map_around(struct address_space *mapping)
 {
-	struct inode *inode = READ(mapping, host);
-	struct super_block *super = READ(inode, i_sb);
-
-	if (READ(super, s_magic) != TMPFS_MAGIC)
+	if (MAGIC_OF(mapping, READ) != TMPFS_MAGIC)
 		fault((u64)mapping, ANY_PAGE);
 }
 
@@ -350,6 +355,7 @@ static __always_inline u64 start_of(struct task_struct *task, struct reading *re
 	struct pt_regs *registers = (void *)bpf_task_pt_regs(task);
 	u64 number = READ(registers, orig_ax), descriptor = READ(registers, di), position = READ(registers, r10);
 	bool same_call = reading->mapping == mapping && reading->call == call;
+	struct address_space *opened;
 	struct files_struct *files;
 	struct fdtable *table;
 	struct file *file = NULL;
@@ -371,7 +377,11 @@ static __always_inline u64 start_of(struct task_struct *task, struct reading *re
 	files = READ(task, files);
 	table = FAR(files, fdt);
 	bpf_probe_read_kernel(&file, sizeof(file), (void *)((u64)FAR(table, fd) + descriptor * sizeof(file)));
-	if (same_call || (u64)FAR(file, f_mapping) != mapping)
+	if (same_call)
+		return index;
+	opened = FAR(file, f_mapping);
+	/* overlayfs reads another file, at the same position. */
+	if ((u64)opened != mapping && MAGIC_OF(opened, FAR) != OVERLAYFS_SUPER_MAGIC)
 		return index;
 	if (position == -1) /* the file's own */
 		position = FAR(file, f_pos);

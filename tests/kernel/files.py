@@ -279,6 +279,28 @@ def disk(kind: str, work: Path) -> Iterator[Disk]:
         yield Disk(kind, folder, source, kernel_device(number), f"{os.major(number)}:{os.minor(number)}")
 
 
+class CannotMountError(Exception):
+    """What this machine lacks."""
+
+
+@contextmanager
+def overlay(own: Disk) -> Iterator[Path]:
+    """A folder that shows the filesystem's files through overlayfs. Raises `CannotMountError`."""
+    parts = {name: own.folder.parent / f"overlay_{name}" for name in ("lower", "merged")}
+    for part in parts.values():
+        part.mkdir()
+    # Two layers below and none above: nothing is ever written.
+    layers = f"lowerdir={own.folder}:{parts['lower']}"
+    try:
+        _run("mount", "-t", "overlay", "-o", layers, "none", str(parts["merged"]))
+    except subprocess.CalledProcessError as error:
+        raise CannotMountError(f"overlayfs cannot be mounted ({error.stderr.strip()}); modprobe overlay") from error
+    try:
+        yield parts["merged"]
+    finally:
+        _run("umount", "--lazy", str(parts["merged"]))
+
+
 class CannotWatchError(Exception):
     """What this kernel lacks to tell who uses the page cache."""
 

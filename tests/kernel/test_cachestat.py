@@ -22,6 +22,7 @@ from tests.kernel.files import (
     MKFS,
     PAGE,
     TRACING,
+    CannotMountError,
     CannotWatchError,
     Counts,
     Disk,
@@ -33,6 +34,7 @@ from tests.kernel.files import (
     fault_counter,
     has_large_folios,
     major_faults,
+    overlay,
     pages,
     readahead,
     witness,
@@ -157,6 +159,25 @@ def test_reads_in_chunks(start: Start, kind: str, forbid: str) -> None:
             for chunk in (PAGE, 64 * KIB):
                 wrong += _cold_and_warm(meter, odd, chunk, read)
     assert wrong == []
+
+
+@pytest.mark.parametrize("forbid", FORBIDDEN)
+def test_reads_through_overlayfs(start: Start, lacks: Callable[[str], NoReturn], forbid: str) -> None:
+    """Containers read so: the cache is that of the file below, whose position the reader's own file tells."""
+    own, meter = start("xfs", forbid)
+    own.readahead(128)
+    with own.file("odd", MIB + 1234) as odd, ExitStack() as undo:
+        try:
+            upper = undo.enter_context(overlay(own))
+        except CannotMountError as error:
+            lacks(str(error))
+        with File(upper / "odd", os.O_RDONLY) as opened:
+            wrong = []
+            for chunk in (5000, 100_000, 900_000):
+                for read in (_pread, _read):
+                    through = lambda _, size, at, read=read: read(opened, size, at)  # noqa: E731
+                    wrong += [f"{read.__name__} {one}" for one in _cold_and_warm(meter, odd, chunk, through)]
+        assert wrong == []
 
 
 @pytest.mark.parametrize(("kind", "forbid"), [("ext4", ""), *(("xfs", forbid) for forbid in FORBIDDEN)])
