@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from daemon.webconfig import WebConfig
 
 SHARE_SECONDS = 0.25  # scrapes that arrive within it get the same snapshot
+MAX_READERS = 64
+MAX_PAGES = 4  # kept of one moment: two formats, and readers that were here at different times before
 CHUNK_BYTES = 1 << 16  # a slow client keeps no more than this in our memory
 
 Headers = dict[bytes, bytes]
@@ -46,6 +48,7 @@ class Request:
     head: bool
     query: bytes
     headers: Headers
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +63,48 @@ def _line(status: int, text: str, headers: Headers | None = None) -> Answer:
 
 
 class Snapshot:
-    """One reading of the collectors, and each page made of it."""
+    """One reading of the collectors, and each page made of it. `turn` grows from one reading to the next."""
 
-    def __init__(self, families: Sequence[Family]) -> None:
+    def __init__(self, families: Sequence[Family], turn: int) -> None:
+        self.turn = turn
         self._families = families
-        self._pages: dict[tuple[bool, bool], bytes] = {}
-        self._zipped: dict[tuple[bool, bool], bytes] = {}
+        self._pages: dict[tuple[bool, int], bytes] = {}
+        self._zipped: dict[tuple[bool, int], bytes] = {}
 
-    def page(self, renderer: Renderer, openmetrics: bool, gzip: bool, head: bool) -> bytes:
-        """A HEAD request leaves the exemplars for the next GET."""
-        mark = openmetrics and (not head or (True, True) in self._pages)
-        key = (openmetrics, mark)
+    def page(self, renderer: Renderer, openmetrics: bool, gzip: bool, since: int) -> bytes:
+        key = (openmetrics, since if openmetrics else 0)
         if key not in self._pages:
-            self._pages[key] = renderer.render(self._families, openmetrics, mark=mark)
+            if len(self._pages) == MAX_PAGES:
+                self._pages.clear()
+                self._zipped.clear()
+            self._pages[key] = renderer.render(self._families, openmetrics, turn=self.turn, since=since)
         if not gzip:
             return self._pages[key]
         if key not in self._zipped:
             self._zipped[key] = zlib.compress(self._pages[key], 1, wbits=31)
         return self._zipped[key]
+
+
+class Readers:
+    """Who was served which turn, so that each gets each exemplar once: both servers of a pair, and who looks with curl.
+
+    A reader is known by its address, its User-Agent and what it collects. Of more than MAX_READERS the one that has
+    not come for the longest time is forgotten, and gets exemplars again that it may have.
+    """
+
+    def __init__(self) -> None:
+        self._turns: dict[object, tuple[int, int]] = {}  # the last turn, and the one before
+
+    def since(self, reader: object, turn: int, head: bool) -> int:
+        """The turn after which exemplars are new to the reader; the same for the same page. HEAD takes nothing."""
+        last, before = self._turns.get(reader, (0, 0))
+        since = before if last == turn else last
+        if not head:
+            self._turns.pop(reader, None)
+            self._turns[reader] = turn, since
+            if len(self._turns) > MAX_READERS:
+                del self._turns[next(iter(self._turns))]
+        return since
 
 
 class App:
@@ -88,6 +115,8 @@ class App:
         self._web = web
         self._renderer = Renderer()
         self._text: bytes | None = None  # of the page for people
+        self._readers = Readers()
+        self._turn = 0
         self._snapshots: dict[frozenset[str] | None, Snapshot] = {}
         self._routes: dict[str, Callable[[Request], Answer]] = {
             "/": self._page,
@@ -98,7 +127,12 @@ class App:
         }
 
     async def __call__(self, scope: dict[str, Any], _receive: object, send: Callable[..., Awaitable[None]]) -> None:
-        request = Request(scope["method"] == "HEAD", scope["query_string"], _combined(scope["headers"]))
+        request = Request(
+            scope["method"] == "HEAD",
+            scope["query_string"],
+            _combined(scope["headers"]),
+            (scope.get("client") or ("",))[0],
+        )
         answer = await self._answer(scope["method"], scope["path"], request)
         headers = {
             b"date": formatdate(usegmt=True).encode(),
@@ -157,14 +191,18 @@ class App:
             return _line(400, f"collect[] names {unknown}; there are {', '.join(sorted(known)) or 'no collectors'}")
         openmetrics = negotiate(_text(request.headers, b"accept"))
         gzip = accepts_gzip(_text(request.headers, b"accept-encoding"))
-        page = self._snapshot(names or None).page(self._renderer, openmetrics, gzip, request.head)
+        snapshot = self._snapshot(names or None)
+        reader = request.host, request.headers.get(b"user-agent"), names
+        since = self._readers.since(reader, snapshot.turn, request.head) if openmetrics else 0
+        page = snapshot.page(self._renderer, openmetrics, gzip, since)
         headers = {b"content-type": content_type(openmetrics).encode(), b"vary": b"Accept, Accept-Encoding"}
         return Answer(200, page, {**headers, **({b"content-encoding": b"gzip"} if gzip else {})})
 
     def _snapshot(self, names: frozenset[str] | None) -> Snapshot:
         found = self._snapshots.get(names)
         if found is None:
-            found = self._snapshots[names] = Snapshot(self._source.collect(names))
+            self._turn += 1
+            found = self._snapshots[names] = Snapshot(self._source.collect(names), self._turn)
             asyncio.get_running_loop().call_later(SHARE_SECONDS, self._snapshots.pop, names)
         return found
 

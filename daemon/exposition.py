@@ -8,36 +8,33 @@ formatted once and kept. Both formats share it: their sample lines differ only i
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from daemon.model import EXEMPLAR_LABELS_MAX, Distribution, Exemplar, Family, Metric, Series
 
 _SAMPLE_SUFFIX = {"counter": "_total", "gauge": "", "histogram": "", "info": "_info"}
-_SHOWN_S = 150  # two scrape intervals of a minute, and some
 _SPECIAL_FLOATS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
 class Renderer:
-    """Renders pages and remembers what it formatted and since when it shows each exemplar. Not for two threads at once.
+    """Renders pages; remembers what it formatted and in which turn each exemplar came up. Not for two threads at once.
 
     Of each metric it keeps the series of the last page with this metric and forgets the others. A page without the
-    metric (`collect[]` chose other collectors) forgets nothing of it, or its exemplars would be shown anew.
+    metric (`collect[]` chose other collectors) forgets nothing of it, or its exemplars would come up anew.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._metrics: dict[str, _MetricText] = {}
 
-    def render(self, families: Sequence[Family], openmetrics: bool, *, mark: bool = True) -> bytes:
+    def render(self, families: Sequence[Family], openmetrics: bool, *, turn: int = 1, since: int = 0) -> bytes:
         """Return the page, UTF-8; `families` has each metric once.
 
-        Exemplars are in OpenMetrics pages only, each for 150 s from its first page on: every Prometheus of a pair gets
-        it (and stores it once), and pages of what is idle become small again. `mark=False`: this is no first page.
-        ValueError: a series has not the labels or buckets that its metric declares.
+        Exemplars are in OpenMetrics pages only. Those that no page had so far came up in this `turn`, a number that
+        grows with each reading of the collectors; the page has those of a turn after `since`, so that who names the
+        turn of the page before gets each exemplar once. ValueError: a series has not the labels or buckets that its
+        metric declares.
         """
         lines: list[str] = []
-        now = self._clock()
         for family in families:
             text = self._metric_text(family.metric)
             lines.append(text.openmetrics_head if openmetrics else text.text_head)
@@ -45,7 +42,7 @@ class Renderer:
             for series in family.series:
                 known = text.series.get(series.labels) or _SeriesText(text, series.labels)
                 used[series.labels] = known
-                known.append_to(lines, series, openmetrics, now, mark)
+                known.append_to(lines, series, openmetrics, turn, since)
             text.series = used
         if openmetrics:
             lines.append("# EOF")
@@ -82,17 +79,17 @@ class _MetricText:
 class _SeriesText:
     """One series' lines up to the blank before the value.
 
-    `shown` has of each bucket's last exemplar its time in milliseconds, until when it is shown, and its text.
+    `last` has of each bucket's last exemplar its time in milliseconds, and the turn in which it came up.
     """
 
-    __slots__ = ("counts", "created", "created_line", "metric", "samples", "shown")
+    __slots__ = ("counts", "created", "created_line", "last", "metric", "samples")
 
     def __init__(self, text: _MetricText, values: tuple[str, ...]) -> None:
         self.metric = metric = text.metric
         self.counts = metric.type in ("counter", "histogram")  # only these have exemplars and `_created`
         self.created: float | None = None
         self.created_line = ""
-        self.shown: dict[int, tuple[int, float, str]] = {}
+        self.last: dict[int, tuple[int, int]] = {}
         pairs = _pairs(metric, values)
         labels = _braces(pairs)
         if metric.type == "histogram":
@@ -105,7 +102,7 @@ class _SeriesText:
         else:
             self.samples = (f"{text.sample_name}{labels} ",)
 
-    def append_to(self, lines: list[str], series: Series, openmetrics: bool, now: float, mark: bool) -> None:
+    def append_to(self, lines: list[str], series: Series, openmetrics: bool, turn: int, since: int) -> None:
         value = series.value
         if isinstance(value, Distribution):
             numbers = (*value.cumulative, value.count, value.count, _number(value.sum))
@@ -113,13 +110,13 @@ class _SeriesText:
             if openmetrics and value.exemplars:
                 for index, exemplar in value.exemplars.items():
                     if 0 <= index <= len(value.cumulative):
-                        samples[index] += self._exemplar(index, exemplar, now, mark)
+                        samples[index] += self._exemplar(index, exemplar, turn, since)
             lines += samples
         else:
             (prefix,) = self.samples
             line = f"{prefix}{_number(value)}"
             if openmetrics and self.counts and series.exemplar:
-                line += self._exemplar(0, series.exemplar, now, mark)
+                line += self._exemplar(0, series.exemplar, turn, since)
             lines.append(line)
         if openmetrics and self.counts and series.created is not None:
             if series.created != self.created:
@@ -128,19 +125,17 @@ class _SeriesText:
                 self.created_line = f"{self.metric.name}_created{labels} {_number(series.created)}"
             lines.append(self.created_line)
 
-    def _exemplar(self, index: int, exemplar: Exemplar, now: float, mark: bool) -> str:
+    def _exemplar(self, index: int, exemplar: Exemplar, turn: int, since: int) -> str:
         try:
             milliseconds = round(exemplar.timestamp * 1000)
         except (OverflowError, ValueError):  # Prometheus refuses the page when a timestamp is not finite
             return ""
-        if index in self.shown:
-            known, until, text = self.shown[index]
-            if milliseconds <= known:
-                return text if milliseconds == known and now < until else ""
-        text = f" # {_exemplar_labels(exemplar.labels)} {_number(exemplar.value)} {milliseconds / 1000:.3f}"
-        if mark:
-            self.shown[index] = milliseconds, now + _SHOWN_S, text
-        return text
+        known, came_up = self.last.get(index, (-math.inf, 0))
+        if milliseconds > known:
+            self.last[index] = milliseconds, turn
+        elif milliseconds < known or came_up <= since:
+            return ""
+        return f" # {_exemplar_labels(exemplar.labels)} {_number(exemplar.value)} {milliseconds / 1000:.3f}"
 
 
 def canonical_float(value: float) -> str:

@@ -37,13 +37,6 @@ GAUGE = Metric("level", "gauge", "Level.")
 HISTOGRAM = Metric("latency_seconds", "histogram", "Latency.", ("device",), "seconds", (2.0**-20, 2.0**-10, 1.0))
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def counter(exemplar: Exemplar | None, value: int = 1) -> list[Family]:
     return [Family(COUNTER, [Series(("a",), value, exemplar=exemplar)])]
 
@@ -212,79 +205,74 @@ def test_created_changes() -> None:
 
 def test_series_that_left_the_page_are_forgotten() -> None:
     """Shown by their exemplars, which are forgotten too."""
-    clock = Clock()
-    renderer = Renderer(clock)
+    renderer = Renderer()
     page = counter(Exemplar((), 1.0, NOW))
     first = renderer.render(page, openmetrics=True)
-    renderer.render([Family(COUNTER, [])], openmetrics=True)
-    clock.now = 200
-    assert renderer.render(page, openmetrics=True) == first
+    renderer.render([Family(COUNTER, [])], openmetrics=True, turn=2, since=1)
+    assert renderer.render(page, openmetrics=True, turn=3, since=2) == first
 
 
 def test_page_of_other_metrics_forgets_nothing() -> None:
-    clock = Clock()
-    renderer = Renderer(clock)
+    renderer = Renderer()
     page = counter(Exemplar((), 1.0, NOW))
     renderer.render(page, openmetrics=True)
-    renderer.render([Family(GAUGE, [Series((), 1)])], openmetrics=True)
-    clock.now = 200
-    assert b" # " not in renderer.render(page, openmetrics=True)
+    renderer.render([Family(GAUGE, [Series((), 1)])], openmetrics=True, turn=2, since=1)
+    assert b" # " not in renderer.render(page, openmetrics=True, turn=3, since=2)
 
 
 # Exemplars
 
 
-def sent(renderer: Renderer, exemplar: Exemplar, *, om: bool = True, mark: bool = True) -> bool:
-    return b" # {" in renderer.render(counter(exemplar), om, mark=mark)
+def sent(renderer: Renderer, exemplar: Exemplar, turn: int, since: int, *, om: bool = True) -> bool:
+    return b" # {" in renderer.render(counter(exemplar), om, turn=turn, since=since)
 
 
-def test_exemplar_is_in_every_page_for_some_minutes() -> None:
-    """Each server of a pair gets it, the same to the letter, so that each stores it once."""
-    clock = Clock()
-    renderer = Renderer(clock)
-    pages = {renderer.render(counter(Exemplar((), 1.0, NOW)), openmetrics=True) for clock.now in (0, 1, 149)}
-    assert [b" # {" in page for page in pages] == [True]
-    clock.now = 150
-    assert not sent(renderer, Exemplar((), 1.0, NOW))
-    assert sent(renderer, Exemplar((), 1.0, NOW + 1))
-
-
-def test_exemplar_never_goes_back_in_time() -> None:
+def test_exemplar_is_sent_once_to_who_was_there_before() -> None:
     renderer = Renderer()
-    assert sent(renderer, Exemplar((), 1.0, NOW))
-    assert not sent(renderer, Exemplar((), 2.0, NOW - 1))
-    page = renderer.render(counter(Exemplar((), 2.0, NOW + 0.0001)), openmetrics=True)
-    assert b" # {} 1.0 " in page, "the same millisecond"
-    assert b" # {} 2.0 " in renderer.render(counter(Exemplar((), 2.0, NOW + 0.001)), openmetrics=True)
+    assert sent(renderer, Exemplar((), 1.0, NOW), 1, 0)
+    assert not sent(renderer, Exemplar((), 1.0, NOW), 2, 1)
+    assert not sent(renderer, Exemplar((), 2.0, NOW - 1), 3, 2)
+    assert not sent(renderer, Exemplar((), 2.0, NOW + 0.0001), 4, 3), "the same millisecond"
+    assert sent(renderer, Exemplar((), 2.0, NOW + 0.001), 5, 4)
 
 
-def test_text_and_unmarked_pages_begin_no_exemplar() -> None:
-    clock = Clock()
-    renderer = Renderer(clock)
+def test_exemplar_is_sent_to_each_reader() -> None:
+    """Two that come in turns: each names the turn of its own page before."""
+    renderer = Renderer()
     exemplar = Exemplar((), 1.0, NOW)
-    assert not sent(renderer, exemplar, om=False)
-    for clock.now in (0, 200, 400):
-        assert sent(renderer, exemplar, mark=False)
-    assert sent(renderer, exemplar)
-    clock.now += 149
-    assert sent(renderer, exemplar, mark=False)
-    clock.now += 1
-    assert not sent(renderer, exemplar, mark=False)
+    assert [sent(renderer, exemplar, turn, max(0, turn - 2)) for turn in range(5, 10)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert not sent(renderer, Exemplar((), 2.0, NOW - 1), 10, 0), "never back in time"
+
+
+def test_text_pages_consume_no_exemplar() -> None:
+    renderer = Renderer()
+    exemplar = Exemplar((), 1.0, NOW)
+    assert not sent(renderer, exemplar, 1, 0, om=False)
+    assert sent(renderer, exemplar, 2, 1)
+    assert not sent(renderer, exemplar, 3, 2)
 
 
 def test_buckets_have_exemplars_of_their_own() -> None:
     renderer = Renderer()
+    turns = iter(range(1, 10))
 
     def exemplars(page: dict[int, Exemplar]) -> list[str]:
         families = [Family(HISTOGRAM, [Series(("sda",), Distribution((1, 2, 3), 4, 1.0, page))])]
-        answer = renderer.render(families, openmetrics=True).decode()
+        turn = next(turns)
+        answer = renderer.render(families, openmetrics=True, turn=turn, since=turn - 1).decode()
         bounds = re.findall(r'le="(.*?)"} \d+ # ', answer)
         assert answer.count(" # {") == len(bounds)
         return bounds
 
     old, new = Exemplar((), 1.0, NOW), Exemplar((), 1.0, NOW + 1)
     assert exemplars({0: old, 3: new}) == ["9.5367431640625e-07", "+Inf"]
-    assert exemplars({0: new, 1: old, 3: old}) == ["9.5367431640625e-07", "0.0009765625"]
+    assert exemplars({0: new, 1: old, 3: new}) == ["9.5367431640625e-07", "0.0009765625"]
     assert exemplars({-1: new, 4: new}) == [], "no such bucket"
 
 
@@ -297,7 +285,7 @@ def test_no_exemplar_and_no_created_on_what_does_not_count(kind: MetricType) -> 
 
 @pytest.mark.parametrize("timestamp", [math.nan, math.inf, -math.inf, 1e306])
 def test_exemplar_of_no_time_is_dropped(timestamp: float) -> None:
-    assert not sent(Renderer(), Exemplar((), 1.0, timestamp))
+    assert not sent(Renderer(), Exemplar((), 1.0, timestamp), 1, 0)
 
 
 @pytest.mark.parametrize(

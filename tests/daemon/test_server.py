@@ -318,29 +318,29 @@ def test_unknown_collector(running: Running, query: str) -> None:
 
 
 class CountingRenderer(Renderer):
-    """Keeps (openmetrics, mark) of each rendering."""
+    """Keeps (openmetrics, since) of each rendering."""
 
-    calls: ClassVar[list[tuple[bool, bool]]] = []
+    calls: ClassVar[list[tuple[bool, int]]] = []
 
-    def render(self, families: Sequence[Family], openmetrics: bool, *, mark: bool = True) -> bytes:
-        self.calls.append((openmetrics, mark))
-        return super().render(families, openmetrics, mark=mark)
+    def render(self, families: Sequence[Family], openmetrics: bool, *, turn: int = 1, since: int = 0) -> bytes:
+        self.calls.append((openmetrics, since))
+        return super().render(families, openmetrics, turn=turn, since=since)
 
 
 @pytest.fixture
-def renderings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+def renderings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
     monkeypatch.setattr(CountingRenderer, "calls", [])
     monkeypatch.setattr(app, "Renderer", CountingRenderer)
     monkeypatch.setattr(app, "SHARE_SECONDS", 3600)
     return CountingRenderer.calls
 
 
-def test_one_moment_shares_a_snapshot(renderings: list[tuple[bool, bool]], running: Running) -> None:
+def test_one_moment_shares_a_snapshot(renderings: list[tuple[bool, int]], running: Running) -> None:
     variants = [{}, OPENMETRICS, {"Accept-Encoding": "gzip"}, {**OPENMETRICS, "Accept-Encoding": "gzip"}]
     pages = {running.get("/metrics", headers)[1] for headers in variants * 3}
     assert len(pages) == 4
     assert running.source.collected == [None]
-    assert sorted(renderings) == [(False, False), (True, True)]
+    assert sorted(renderings) == [(False, 0), (True, 0)]
     running.get("/metrics?collect[]=oomkill")
     assert running.source.collected == [None, {"oomkill"}]
 
@@ -351,13 +351,46 @@ def test_the_moment_passes(running: Running, monkeypatch: pytest.MonkeyPatch) ->
     wait_for(lambda: b"reading_1_total" not in running.get("/metrics")[1])
 
 
-def test_head_and_text_leave_the_exemplars(renderings: list[tuple[bool, bool]], running: Running) -> None:
-    running.ask("HEAD", "/metrics", OPENMETRICS)
-    running.get("/metrics")
-    assert sorted(renderings) == [(False, False), (True, False)]
-    assert b'# {pid="1"}' in running.get("/metrics", OPENMETRICS)[1]
-    running.ask("HEAD", "/metrics", OPENMETRICS)
-    assert sorted(renderings) == [(False, False), (True, False), (True, True)]
+EXEMPLAR = b'# {pid="1"}'
+
+
+@pytest.fixture
+def one_exemplar(running: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
+    """The same in each reading, and each request has a reading of its own."""
+    families = running.source.collect(None)
+    monkeypatch.setattr(running.source, "collect", lambda names: families)
+    monkeypatch.setattr(app, "SHARE_SECONDS", 0)
+    return running
+
+
+def test_head_and_text_leave_the_exemplars(one_exemplar: Running) -> None:
+    one_exemplar.ask("HEAD", "/metrics", OPENMETRICS)
+    one_exemplar.get("/metrics")
+    assert EXEMPLAR in one_exemplar.get("/metrics", OPENMETRICS)[1]
+    wait_for(lambda: EXEMPLAR not in one_exemplar.get("/metrics", OPENMETRICS)[1])
+
+
+def test_each_reader_gets_an_exemplar_once(one_exemplar: Running) -> None:
+    """Both servers of a pair, and a person with curl between their scrapes."""
+    for name in ("Prometheus/2.42", "Prometheus/3.5", "curl/7.88"):
+        headers = {**OPENMETRICS, "User-Agent": name}
+        for path in ("/metrics", "/metrics?collect[]=oomkill"):  # as two scrape jobs
+            assert EXEMPLAR in one_exemplar.get(path, headers)[1]
+            wait_for(lambda path=path, headers=headers: EXEMPLAR not in one_exemplar.get(path, headers)[1])  # type: ignore[misc]
+
+
+def test_readers_are_bounded() -> None:
+    readers = app.Readers()
+    assert [readers.since(1, turn, head) for turn, head in ((5, True), (5, False), (5, False), (6, False))] == [
+        0,
+        0,
+        0,
+        5,
+    ]
+    for reader in range(2, app.MAX_READERS + 2):
+        assert readers.since(reader, 7, head=False) == 0
+    assert readers.since(2, 8, head=False) == 7
+    assert readers.since(1, 8, head=False) == 0, "forgotten"
 
 
 # Connections
