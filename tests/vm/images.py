@@ -47,7 +47,6 @@ GUESTS = (
     Guest("5.10", "bullseye", "bookworm"),
     Guest("6.1", "bookworm-security", "bookworm"),
     Guest("6.12", "trixie", "trixie"),
-    Guest("6.18", "trixie-backports", "trixie"),
     Guest("7.2", "forky", "forky"),
 )
 
