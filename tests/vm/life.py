@@ -129,13 +129,14 @@ def hooks() -> dict[str, Any]:
             PARANOID.write_text(paranoia)
         drop_in(LOADER, f"[Service]\nEnvironment=BPFMETRICSD_FORBID={forbidden}\nExecReload=\n"
                         "ExecReload=/usr/bin/bpfmetricsd load --only cachestat\n")  # fmt: skip
-        before = scrape()
+        before, then = scrape(), status()["collectors"]["cachestat"]
         run("systemctl", "reload", LOADER)
         cachestat = status()["collectors"]["cachestat"]
         found[f"{forbidden} {paranoia}".strip()] = {
             "hooks": [program["hook"] for program in cachestat["programs"].values()],
             "up": cachestat["up"],
             "error": cachestat["error"],
+            "went_on": cachestat["started"] == then["started"],
             "before": before,
             "after": scrape(),
         }
