@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from daemon.btf import Btf
+from daemon.btf import STRUCT, Btf
 
 PAGE = mmap.PAGESIZE
 TRACING = Path("/sys/kernel/tracing")
@@ -309,6 +309,16 @@ def _has(event: str) -> bool:
     return (TRACING / "events" / event).is_dir()
 
 
+def has_tracepoints() -> bool:
+    """Whether this kernel has tracepoints where the page cache is read (6.11)."""
+    return all(_has(tracepoint) for tracepoint in _USES)
+
+
+def keeps_kprobes() -> bool:
+    """Whether a BPF link may hold a kprobe (5.15)."""
+    return Btf().find("bpf_perf_link", STRUCT) is not None
+
+
 def _definition(tracepoint: str, btf: Btf) -> tuple[str, str]:
     """A kprobe event in a tracepoint's place: the function, and what it records, named as the tracepoint's fields."""
 
@@ -391,6 +401,11 @@ class Meter:
 
     counts: Callable[[], Counts]
     others: Callable[[], bool]
+    keep: Callable[[str, float, float], None]  # `tests.accuracy.compared` of a collector
+
+    def compared(self, found: Counts, wanted: Counts) -> None:
+        for name in ("accesses", "misses", "added"):
+            self.keep(f"pages, {name}", getattr(found, name), getattr(wanted, name))
 
     def measure(
         self, load: Callable[[], object], prepare: Callable[[], object] = nothing, ready: Callable[[], bool] = ready

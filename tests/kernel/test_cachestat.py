@@ -12,12 +12,14 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
+from tests.accuracy import compared
 from tests.kernel.files import (
     MKFS,
     PAGE,
@@ -33,6 +35,8 @@ from tests.kernel.files import (
     disk,
     fault_counter,
     has_large_folios,
+    has_tracepoints,
+    keeps_kprobes,
     major_faults,
     overlay,
     pages,
@@ -60,6 +64,12 @@ def start(load: Callable[..., Any], lacks: Callable[[str], NoReturn], tmp_path: 
                 lacks(f"{TRACING} is not mounted; mount -t tracefs tracefs {TRACING}")
             if kind in MKFS and not shutil.which(MKFS[kind][0]):
                 lacks(f"{MKFS[kind][0]} is not installed; apt install {'xfsprogs' if kind == 'xfs' else 'e2fsprogs'}")
+            if forbid == FORBIDDEN[-1] and not has_tracepoints() and not keeps_kprobes():
+                with pytest.raises(
+                    AssertionError, match=r"kprobe:filemap_map_pages: this kernel has no bpf_perf_link\."
+                ):
+                    load("cachestat", forbid=forbid)
+                lacks("this kernel has neither tracepoints where the page cache is read nor kprobes that can be pinned")
             loaded = load("cachestat", forbid=forbid)
             first = _seen.setdefault(loaded.outcome.detail, forbid)
             if first != forbid:
@@ -77,7 +87,7 @@ def start(load: Callable[..., Any], lacks: Callable[[str], NoReturn], tmp_path: 
                 others = undo.enter_context(witness(own, blocks))
             except CannotWatchError as error:
                 lacks(str(error))
-            return own, Meter(counts, others)
+            return own, Meter(counts, others, partial(compared, loaded))
 
         yield do
 
@@ -137,6 +147,7 @@ def _cold_and_warm(meter: Meter, file: File, chunk: int, read: Read) -> list[str
         wanted = Counts(asked, missing, file.pages if state == "cold" else 0)
         assert cached == file.pages
         assert (missing > 0) == (state == "cold")
+        meter.compared(found, wanted)
         if found != wanted:
             wrong.append(f"{file.path.name} {read.__name__} {chunk} {state}: {found}, not {wanted}")
     return wrong
