@@ -313,14 +313,16 @@ def test_the_victim_of_another_groups_allocation(load: Load, root: Path) -> None
         assert victim.stdout.readline() == b"\n"
         other = undo.enter_context(process((others,), *named(b"the other", LIMIT_BYTES // 2 + (4 << 20))))
         assert other.stdout
-        assert other.stdout.readline() == b"\n", "it got its memory"
+        # The kernel may find the memory of the first not free soon enough, and kill the second as well.
+        also = 0 if other.stdout.readline() == b"\n" else 1
         assert victim.wait(60) == -signal.SIGKILL
-        assert [kills_of(one) for one in (nest, victims, others)] == [1, 1, 0]
-    assert vmstat() - before == 1
-    agrees(loaded, 1)
-    assert kills(loaded) == {f"{path}/victim.scope": 1}
+        assert [kills_of(one) for one in (nest, victims, others)] == [1 + also, 1, also]
+    assert vmstat() - before == 1 + also
+    assert kills(loaded) == {f"{path}/victim.scope": 1} | ({f"{path}/other.scope": 1} if also else {})
     names = ("cgroup", "scope", "killer_pid", "killer_comm", "oom_score_adj")
-    assert facts(loaded, *names) == {victim.pid: [f"{path}/victim.scope", "memcg", other.pid, "the other", 1000]}
+    found = facts(loaded, *names)
+    assert found.pop(victim.pid) == [f"{path}/victim.scope", "memcg", other.pid, "the other", 1000]
+    assert found == ({other.pid: [f"{path}/other.scope", "memcg", other.pid, "the other", 0]} if also else {})
     assert facts(loaded, "rss_bytes")[victim.pid] == pytest.approx([logged()[victim.pid]], rel=0.01)
 
 
