@@ -349,6 +349,17 @@ static __always_inline bool may_be_late(struct reading *reading, u64 mapping, u6
 	return switches != reading->switches || (mapping == reading->ahead_mapping && index < reading->ahead_end);
 }
 
+/* The next piece of the same sendfile may overlap the one before: a pipe that is full leaves pages for it. */
+static __always_inline bool goes_on(struct task_struct *task, struct reading *reading, u64 mapping, u64 index, u64 call)
+{
+	struct pt_regs *registers;
+
+	if (reading->mapping != mapping || reading->call != call || index + 1 != reading->end)
+		return false;
+	registers = (void *)bpf_task_pt_regs(task);
+	return READ(registers, orig_ax) == CALL_sendfile;
+}
+
 /* Where a request began whose first event says `index`: the system call tells. */
 static __always_inline u64 start_of(struct task_struct *task, struct reading *reading, u64 mapping, u64 index, u64 call)
 {
@@ -425,7 +436,9 @@ PROGRAM(mm_filemap_get_pages)
 	switches = READ(task, nvcsw);
 	if (!(reading->mapping == (u64)mapping && reading->end == end && reading->call == call && index > reading->index)) {
 		reading->first = index;
-		if (may_be_late(reading, (u64)mapping, index, switches))
+		if (goes_on(task, reading, (u64)mapping, index, call))
+			reading->first = reading->end;
+		else if (may_be_late(reading, (u64)mapping, index, switches))
 			reading->first = start_of(task, reading, (u64)mapping, index, call);
 		add(ACCESSES, overlap(reading->first, end, 0, file_pages(mapping)));
 	}

@@ -8,8 +8,11 @@ adds pages that nobody asked for, so additions are more than misses. The kernel 
 one written byte may dirty them all, as in `nr_dirtied` of `/proc/vmstat`. tmpfs has nothing behind it and is not
 counted.
 
-Asynchronous reads (io_uring) that have to wait count what they ask for again, and of several at a time the misses may
-be too few.
+Asynchronous reads (io_uring) that have to wait are known in part. Of cold pages read at random, one page after the
+other, all 1024 were seen as accesses and as misses; 16 requests at a time made 1024 accesses, of which 19 to 46 were
+seen as misses. Requests of 16 pages that wait may lack rounds: of 1024 accesses 474 to 1024 were seen by tracepoints,
+all by functions; of as many misses 169 to 1024. Reads through overlayfs, and Linux AIO without O_DIRECT, count like
+others.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ def _kprobes(read: str) -> Variant:
             "filemap_map_pages": Hook("kprobe", "filemap_map_pages"),
         },
         define="READ_FUNCTION",
+        needs=("bpf_perf_link.perf_file",),  # before kernel 5.15 nothing but a process keeps a kprobe
     )
 
 

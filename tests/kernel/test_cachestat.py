@@ -234,6 +234,11 @@ def test_one_sendfile(start: Start, forbid: str) -> None:
         found = meter.cold(lambda: _sendfile(file, 3 * MIB, 0), file)
         assert (found.accesses, found.added) == (768, 768)
         assert meter.warm(lambda: _sendfile(file, 3 * MIB, 0), file) == Counts(768)
+        for at, size in ((5000, 100_000), (1, 3 * MIB - 2)):
+            asked = len(pages(at, at + size))
+            send = lambda at=at, size=size: _sendfile(file, size, at)  # noqa: E731
+            assert meter.cold(send, file).accesses == asked
+            assert meter.warm(send, file) == Counts(asked)
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
