@@ -105,16 +105,33 @@ static __always_inline u64 call_of(struct task_struct *task)
 		__value;                                                                     \
 	})
 
-/* Tells additions by a read from those by a write, fadvise or readahead before it. */
-static __always_inline u64 reason_of(struct task_struct *task)
+/* System calls of x86_64 that read from a file. */
+enum { CALL_read = 0, CALL_pread64 = 17, CALL_readv = 19, CALL_sendfile = 40, CALL_preadv = 295, CALL_preadv2 = 327 };
+
+static __always_inline u64 system_call(struct task_struct *task)
 {
 #ifdef BPF_FUNC_task_pt_regs
 	struct pt_regs *registers = (void *)bpf_task_pt_regs(task);
-	u64 number = READ(registers, orig_ax);
+
+	return READ(registers, orig_ax);
 #else /* before 5.15: they lie at the end of the task's stack, of 16 KiB */
 	struct pt_regs *registers = (void *)((u64)FAR(task, stack) + (16 << 10) - sizeof(*registers));
-	u64 number = FAR(registers, orig_ax);
+
+	return FAR(registers, orig_ax);
 #endif
+}
+
+/* The next piece of the same sendfile may begin with the page that the one before ended with: it is asked for once. */
+static __always_inline bool goes_on(struct task_struct *task, struct reading *reading, u64 mapping, u64 index, u64 call)
+{
+	return reading->mapping == mapping && reading->call == call && reading->end == index + 1 &&
+	       system_call(task) == CALL_sendfile;
+}
+
+/* Tells additions by a read from those by a write, fadvise or readahead before it. */
+static __always_inline u64 reason_of(struct task_struct *task)
+{
+	u64 number = system_call(task);
 
 #ifdef READ_FUNCTION /* a read that failed tells nothing: what it added is not a miss of the next */
 	number += call_of(task) << 10;
@@ -253,17 +270,26 @@ static __always_inline int read_ended(struct file *file, s64 end, s64 bytes)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct reading *reading;
-	u64 first, last, mapping;
+	u64 first, behind, mapping, call;
 
 	if (bytes <= 0 || !counting())
 		return 0;
 	mapping = (u64)READ(file, f_mapping);
 	first = (u64)(end - bytes) >> PAGE_SHIFT;
-	last = (u64)(end - 1) >> PAGE_SHIFT;
-	add(ACCESSES, last + 1 - first);
+	behind = ((u64)(end - 1) >> PAGE_SHIFT) + 1;
 	reading = reading_of(task);
-	if (reading)
-		miss(reading, task, mapping, first, last + 1);
+	if (!reading) {
+		add(ACCESSES, behind - first);
+		return 0;
+	}
+	call = call_of(task);
+	if (goes_on(task, reading, mapping, first, call))
+		first++;
+	add(ACCESSES, behind - first);
+	reading->mapping = mapping;
+	reading->end = behind;
+	reading->call = call;
+	miss(reading, task, mapping, first, behind);
 	return 0;
 }
 
@@ -336,9 +362,6 @@ PROGRAM(filemap_map_pages)
 	return 0;
 }
 #else
-/* System calls of x86_64 that read from a file. */
-enum { CALL_read = 0, CALL_pread64 = 17, CALL_readv = 19, CALL_sendfile = 40, CALL_preadv = 295, CALL_preadv2 = 327 };
-
 /*
  * A round that finds cached pages and then has to wait for a page on its way gives those before it without an event
  * ("err:" in filemap_get_pages). So where there was a wait, or readahead is under way, a request may have begun before
@@ -347,17 +370,6 @@ enum { CALL_read = 0, CALL_pread64 = 17, CALL_readv = 19, CALL_sendfile = 40, CA
 static __always_inline bool may_be_late(struct reading *reading, u64 mapping, u64 index, u64 switches)
 {
 	return switches != reading->switches || (mapping == reading->ahead_mapping && index < reading->ahead_end);
-}
-
-/* The next piece of the same sendfile may overlap the one before: a pipe that is full leaves pages for it. */
-static __always_inline bool goes_on(struct task_struct *task, struct reading *reading, u64 mapping, u64 index, u64 call)
-{
-	struct pt_regs *registers;
-
-	if (reading->mapping != mapping || reading->call != call || index + 1 != reading->end)
-		return false;
-	registers = (void *)bpf_task_pt_regs(task);
-	return READ(registers, orig_ax) == CALL_sendfile;
 }
 
 /* Where a request began whose first event says `index`: the system call tells. */

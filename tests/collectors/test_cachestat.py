@@ -39,6 +39,13 @@ def test_every_variant_of_reads_by_a_function_says_so_to_the_program() -> None:
         assert variant.define == ("" if tracepoints else "READ_FUNCTION")
 
 
+def test_kprobes_are_asked_for_only_where_a_link_keeps_them() -> None:
+    for variant in COLLECTOR.parts[0].variants:
+        kprobes = any(hook.kind == "kprobe" for hook in variant.programs.values())
+        assert variant.needs == (("bpf_perf_link.perf_file",) if kprobes else ())
+        assert bool(variant.approximate) == kprobes
+
+
 def test_counters_are_fixed() -> None:
     assert [metric.name for metric in COLLECTOR.metrics({})] == [
         "bpf_page_cache_accesses", "bpf_page_cache_misses", "bpf_page_cache_added", "bpf_page_cache_dirtied",
