@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import pytest
 import yaml
 
+import collectors
 from daemon import libbpf, loader
 from daemon.errors import UnsupportedError
 from tests.kernel import net
@@ -180,7 +181,8 @@ def settings(server: str, ports: dict[str, int], rules: Path, alertmanager: int)
     convert = {"convert_classic_histograms_to_nhcb": True, "always_scrape_classic_histograms": True}
     jobs = {name: (port, {}) for name, port in ports.items()}
     if server == NEWER:
-        jobs[NATIVE] = (ports[JOB], convert)
+        # What it collects tells it from the other job: each reader gets an exemplar once.
+        jobs[NATIVE] = (ports[JOB], {**convert, "params": {"collect[]": [one.name for one in collectors.ALL]}})
     return {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s", "external_labels": {"server": server}},
         "rule_files": [f"{rules}/*.yaml"],
