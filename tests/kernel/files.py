@@ -369,14 +369,14 @@ def witness(own: Disk, blocks: bool = False) -> Iterator[Callable[[], bool]]:
     of ours away (memory reclaim, DAMON). Raises `CannotWatchError`.
 
     Inode 1 is ext4's own cache of its free blocks. With `blocks`, the filesystem's use of its block device is nobody
-    else's: that file's inode number is the device's.
+    else's: that file's inode number is the device's, before kernel 5.11 it is 0.
     """
-    foreign = f"(s_dev != {own.device} || i_ino == 1)" + (f" && i_ino != {own.device}" if blocks else "")
+    foreign = f"(s_dev != {own.device} || i_ino == 1)" + (f" && i_ino != {own.device} && i_ino != 0" if blocks else "")
     dirties = next(event for event in _DIRTIES if _has(event))
     with _uses() as uses, _instance("witness") as instance:
         for event in (_ADDS, *uses):
             _record(instance, event, foreign)
-        _record(instance, dirties, f'name != "{own.name}"' + ("" if blocks else f" || ino == {own.device}"))
+        _record(instance, dirties, f'name != "{own.name}"' + ("" if blocks else f" || ino == {own.device} || ino == 0"))
         _record(instance, _DELETES, f"s_dev == {own.device}")
 
         def others() -> bool:
