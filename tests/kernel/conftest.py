@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +49,8 @@ class Loaded:
 Load = Callable[..., Loaded]
 
 
-@pytest.fixture
-def folders(lacks: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
-    """A folder for pins and one for manifests, which a server without privilege can reach; gone afterwards."""
+@contextmanager
+def _folders(lacks: Callable[[str], object]) -> Iterator[tuple[Path, Path]]:
     try:
         loader.preflight()
     except UnsupportedError as error:
@@ -61,10 +63,8 @@ def folders(lacks: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
         assert not bpffs.exists()
 
 
-@pytest.fixture
-def load(folders: tuple[Path, Path]) -> Iterator[Load]:
-    """`load("biolatency", max_devices=2)`: loads with these options and opens the pins."""
-    bpffs, state = folders
+@contextmanager
+def _loading(bpffs: Path, state: Path) -> Iterator[Load]:
     engines: list[Engine] = []
 
     def do(name: str, forbid: str = "", **options: Any) -> Loaded:
@@ -85,3 +85,33 @@ def load(folders: tuple[Path, Path]) -> Iterator[Load]:
     yield do
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def folders(lacks: Callable[[str], object]) -> Iterator[tuple[Path, Path]]:
+    """A folder for pins and one for manifests, which a server without privilege can reach; gone afterwards."""
+    with _folders(lacks) as found:
+        yield found
+
+
+@pytest.fixture
+def load(folders: tuple[Path, Path]) -> Iterator[Load]:
+    """`load("biolatency", max_devices=2)`: loads with these options and opens the pins."""
+    with _loading(*folders) as do:
+        yield do
+
+
+@pytest.fixture(scope="module")
+def shared(lacks: Callable[[str], object]) -> Iterator[Load]:
+    """As `load`, but what a test of the same module loaded with the same options is there already, and has counted.
+
+    Most of the time of a small test goes into the compiler, in an emulated machine above all.
+    """
+    with ExitStack() as undo:
+
+        @cache
+        def once(name: str, forbid: str, options: str) -> Loaded:
+            do = undo.enter_context(_loading(*undo.enter_context(_folders(lacks))))
+            return do(name, forbid, **json.loads(options))
+
+        yield lambda name, forbid="", **options: once(name, forbid, json.dumps(options, sort_keys=True))

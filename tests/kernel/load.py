@@ -24,6 +24,11 @@ from daemon.compiler import compile_text
 _BLKDISCARD = 0x1277  # include/uapi/linux/fs.h: _IO(0x12, 119)
 
 
+def emulated() -> bool:
+    """Whether the machine is one of tests/vm, which is slow, and may run out of memory as a whole."""
+    return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+
+
 class DiskStat(NamedTuple):
     """/sys/block/<disk>/stat (Documentation/block/stat.rst): sectors have 512 bytes, ticks are milliseconds."""
 
@@ -256,21 +261,25 @@ class Crew:
 
     def __init__(self, folder: Path, jobs: Sequence[Callable[[], None]]) -> None:
         self._folder = folder
-        go, self._go = os.pipe()
         self._done, done = os.pipe()
-        self._own = [self._start(job, go, done) for job in jobs]
-        os.close(go)
+        self._own: dict[int, int] = {}  # pid to the pipe that tells it to work: of a common one, the first took two
+        for job in jobs:
+            self._start(job, done)
         os.close(done)
         self.asleep()
 
-    def _start(self, job: Callable[[], None], go: int, done: int) -> int:
+    def _start(self, job: Callable[[], None], done: int) -> None:
+        wait, go = os.pipe()
         pid = os.fork()
         if pid:
+            os.close(wait)
+            self._own[pid] = go
             (self._folder / "cgroup.procs").write_text(str(pid))
-            return pid
+            return
         try:
-            os.close(self._go)
-            while os.read(go, 1):
+            for other in (go, *self._own.values()):
+                os.close(other)
+            while os.read(wait, 1):
                 job()
                 os.write(done, b".")
         finally:
@@ -284,7 +293,8 @@ class Crew:
     def work(self, beside: Callable[[], None] = lambda: None) -> Waits:
         """Lets all of them work, and does something beside it; what their waits were to the kernel."""
         before = self.asleep()
-        os.write(self._go, b"." * len(self._own))
+        for go in self._own.values():
+            os.write(go, b".")
         beside()
         for _ in self._own:
             assert os.read(self._done, 1) == b"."
@@ -301,9 +311,9 @@ class Crew:
     def end(self) -> None:
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
-        for pid in self._own:
+        for pid, go in self._own.items():
             os.waitpid(pid, 0)
-        os.close(self._go)
+            os.close(go)
         os.close(self._done)
 
 

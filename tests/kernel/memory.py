@@ -17,6 +17,13 @@ LIMIT_BYTES = 48 << 20
 V1_MEMORY = Path("/sys/fs/cgroup/memory")
 V1_FREEZER = Path("/sys/fs/cgroup/freezer")
 _EAT = "import sys; x = bytearray(int(sys.argv[1])); print(flush=True); sys.stdin.read()"
+_EAT_HUGE = """
+import mmap, sys
+x = mmap.mmap(-1, int(sys.argv[1]))
+x.madvise(mmap.MADV_HUGEPAGE)
+for at in range(0, len(x), mmap.PAGESIZE):
+    x[at] = 1
+"""
 _PR_SET_NAME = 15
 _libc = ctypes.CDLL(None)
 
@@ -49,11 +56,6 @@ def control(group: Path) -> None:
 def kills_of(group: Path) -> int:
     """Of this group and those in it, as its `memory.events` tells (cgroup v2)."""
     return int(dict(line.split() for line in (group / "memory.events").read_text().splitlines())["oom_kill"])
-
-
-def emulated() -> bool:
-    """Whether the machine is one of tests/vm, which may run out of memory as a whole."""
-    return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
 @contextmanager
@@ -92,6 +94,11 @@ def process(groups: tuple[Path, ...], *command: str, score: int = 0) -> Iterator
 def eater(size: int) -> tuple[str, ...]:
     """A command that takes so much memory, says so with a line, and waits for the end of its input."""
     return (sys.executable, "-S", "-c", _EAT, str(size))
+
+
+def big_eater(size: int) -> tuple[str, ...]:
+    """The same in huge pages, without a word: all of a machine's memory, in seconds where faults are slow."""
+    return (sys.executable, "-S", "-c", _EAT_HUGE, str(size))
 
 
 def named(name: bytes, size: int) -> tuple[str, ...]:

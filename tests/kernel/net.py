@@ -105,6 +105,12 @@ class End:
         """No packet carries several segments."""
         self.ip("link", "set", self.device, "gso_max_segs", "1")
 
+    def retransmit_after(self, time: str) -> None:
+        """The shortest timer of retransmissions, to addresses of the wire (every kernel has it for routes)."""
+        for family, more in {"ipv4": ("scope", "link", "src", self.ipv4), "ipv6": ("metric", "256")}.items():
+            route = (self.subnet(family), "dev", self.device, "proto", "kernel", *more)
+            self.ip("route", "replace", *route, "rto_min", time)
+
     def counters(self) -> dict[str, int]:
         with self.inside():
             return counters()

@@ -55,7 +55,7 @@ _seen: dict[str, str] = {}  # hooks, and what was forbidden when they were first
 
 
 @pytest.fixture
-def start(load: Callable[..., Any], lacks: Callable[[str], NoReturn], tmp_path: Path) -> Iterator[Start]:
+def start(shared: Callable[..., Any], lacks: Callable[[str], NoReturn], tmp_path: Path) -> Iterator[Start]:
     """`start("xfs")`: a filesystem, and a meter of what is done to it."""
     with ExitStack() as undo:
 
@@ -68,9 +68,9 @@ def start(load: Callable[..., Any], lacks: Callable[[str], NoReturn], tmp_path: 
                 with pytest.raises(
                     AssertionError, match=r"kprobe:filemap_map_pages: this kernel has no bpf_perf_link\."
                 ):
-                    load("cachestat", forbid=forbid)
+                    shared("cachestat", forbid=forbid)
                 lacks("this kernel has neither tracepoints where the page cache is read nor kprobes that can be pinned")
-            loaded = load("cachestat", forbid=forbid)
+            loaded = shared("cachestat", forbid=forbid)
             first = _seen.setdefault(loaded.outcome.detail, forbid)
             if first != forbid:
                 lacks(f"this kernel gives the same hooks without {forbid} as without {first or 'nothing'}")

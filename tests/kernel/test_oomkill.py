@@ -23,13 +23,14 @@ import pytest
 from collectors import oomkill
 from daemon import cgroups
 from tests.accuracy import compared
+from tests.kernel.load import emulated
 from tests.kernel.memory import (
     LIMIT_BYTES,
     V1_FREEZER,
     V1_MEMORY,
+    big_eater,
     control,
     eater,
-    emulated,
     folder,
     kills_of,
     limited,
@@ -364,7 +365,7 @@ def test_the_machine_runs_out_of_memory(load: Load, root: Path, lacks: Callable[
     path = f"/{group('big.service')}"
     with folder(root / path[1:]) as big:
         control(big)
-        with process((big,), *eater(total - (16 << 20)), score=1000) as victim:
+        with process((big,), *big_eater(total), score=1000) as victim:
             assert victim.wait(120) == -signal.SIGKILL
         assert kills_of(big) == 1
     assert vmstat() - before == 1

@@ -161,20 +161,20 @@ def wire(lacks: Callable[[str], object]) -> Iterator[Wire]:
     with net.wire(lacks) as ends:
         for end in ends:
             end.sysctl("net.ipv4.tcp_retries2", "255")  # short timers soon reach the usual 15
-            end.sysctl("net.ipv4.tcp_rto_min_us", "5000")  # kernels that lack these are slower here, and as exact
-            end.sysctl("net.ipv4.tcp_rto_max_ms", "1000")
+            end.sysctl("net.ipv4.tcp_rto_max_ms", "1000")  # kernels that lack it are slower here, and as exact
+            end.retransmit_after("5ms")
         yield ends
 
 
 @pytest.fixture
-def lab(load: Any, wire: Wire) -> Lab:
-    return Lab(load("tcpretrans", by="remote_subnet"), wire)
+def lab(shared: Any, wire: Wire) -> Lab:
+    return Lab(shared("tcpretrans", by="remote_subnet"), wire)
 
 
 @pytest.mark.parametrize(("by", "forbid"), [("none", ""), ("none", "tp_btf"), ("local_port", "")])
-def test_a_tenth_of_all_packets_is_lost(load: Any, wire: Wire, by: str, forbid: str) -> None:
+def test_a_tenth_of_all_packets_is_lost(shared: Any, wire: Wire, by: str, forbid: str) -> None:
     """A packet may hold many segments."""
-    lab = Lab(load("tcpretrans", forbid=forbid, by=by), wire, own=False)
+    lab = Lab(shared("tcpretrans", forbid=forbid, by=by), wire, own=False)
 
     def traffic() -> None:
         for family in FAMILIES:
@@ -186,8 +186,8 @@ def test_a_tenth_of_all_packets_is_lost(load: Any, wire: Wire, by: str, forbid: 
 
 
 @pytest.mark.parametrize(("lost", "size"), [(100, 2 << 20), (2, 15_000)], ids=["1%", "50%"])
-def test_a_share_of_all_data_is_lost(load: Any, wire: Wire, lost: int, size: int) -> None:
-    lab = Lab(load("tcpretrans"), wire, own=False)
+def test_a_share_of_all_data_is_lost(shared: Any, wire: Wire, lost: int, size: int) -> None:
+    lab = Lab(shared("tcpretrans", by="none"), wire, own=False)
     for end in wire:
         end.single_packets()
 
@@ -208,8 +208,7 @@ def test_segments_that_wait_in_the_hosts_own_queue_are_not_repeated(lab: Lab, la
         near.run("tc", "qdisc", "add", "dev", near.device, "root", *slow)
     except AssertionError as error:
         lacks(f"this kernel has no token bucket filter ({error})")
-    # Where the setting for all of the namespace is not there, the route has it.
-    near.ip("route", "change", near.subnet("ipv4"), "dev", near.device, "src", near.ipv4, "rto_min", "5ms")
+    near.single_packets()  # what the filter itself cuts into packets no longer waits for TCP to see
 
     def traffic() -> None:
         source, sink = net.connect(near, far, "ipv4")
@@ -354,8 +353,7 @@ def test_loss_probes_that_repeat_data(lab: Lab, family: str) -> None:
 def test_loss_probes_that_send_new_data_are_no_retransmissions(lab: Lab) -> None:
     """What the congestion window holds is lost, more waits: the probe sends some of it. TCPLossProbes counts that."""
     near, far = lab.ends
-    # The slow timer of retransmissions leaves the scene to the probe.
-    near.ip("route", "change", near.subnet("ipv4"), "dev", near.device, "src", near.ipv4, "rto_min", "20s")
+    near.retransmit_after("20s")  # so that the probe is alone
 
     def traffic() -> None:
         source, sink = net.connect(near, far, "ipv4")

@@ -56,7 +56,7 @@ def _defaults(name: str) -> CollectorConfig:
 def _compile(case: tuple[Collector, Part, Variant], answer: Connection, words: int) -> None:
     collector, part, variant = case
     os.dup2(words, 2)
-    only = replace(part, variants=(variant,))
+    only = replace(part, variants=(replace(variant, needs=()),))
     wanted = replace(collector, parts=tuple(only if one is part else one for one in collector.parts))
     try:
         plan = Planner(wanted, loader.defines(collector, _defaults(collector.name)), Everything()).plan()

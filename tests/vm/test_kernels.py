@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,13 +26,15 @@ pytestmark = pytest.mark.vm
 
 CHOICE = "BPFMETRICSD_VM"  # guests by name, with commas
 TESTS = "BPFMETRICSD_VM_TESTS"  # arguments for the guest's pytest
+AT_ONCE = 2  # on two CPUs; a guest waits for a part of its time
 HOOKS = Path(__file__).with_name("hooks.txt")
 
 _PYTHON = "/usr/bin/python3"
 _LOADS = Command("loads", (_PYTHON, "-m", "tests.vm.loads", f"{RESULTS}/loads.json"))
 _PROCESS = "tests/kernel/test_process.py"
+_NOT_THE_KERNELS = ("test_loader.py", "test_page.py", "test_second_opinion.py")
 _ALL = (
-    "tests/kernel", "--ignore=tests/kernel/test_loader.py",
+    "tests/kernel", *(f"--ignore=tests/kernel/{name}" for name in _NOT_THE_KERNELS),
     f"--deselect={_PROCESS}::test_terminated_it_leaves_the_programs_counting",
     f"--deselect={_PROCESS}::test_unload_on_exit_leaves_nothing",
     f"--deselect={_PROCESS}::test_reload_reads_the_configuration_again",
@@ -58,29 +61,46 @@ def _keep_accuracy(result: Result) -> None:
                 (folder / Path(name).name).write_text(text)
 
 
-@pytest.fixture(scope="module", params=images.chosen(os.environ.get(CHOICE, "")), ids=lambda one: one.name)
-def booted(
-    request: pytest.FixtureRequest, lacks: Callable[[str], NoReturn], note: Callable[[str], None]
-) -> tuple[Guest, Result]:
-    """One boot for all the tests of a guest."""
+def _boot(which: Guest) -> Result:
+    # Clocks jump in an emulated machine on a busy host, so what failed is asked once more, alone.
+    again = _pytest("again", "--last-failed", "--last-failed-no-failures=none")
+    result = guest.run(images.build(which), [_LOADS, _pytest("tests"), again])
+    _keep_accuracy(result)
+    return result
+
+
+@pytest.fixture(scope="module")
+def boots(request: pytest.FixtureRequest, lacks: Callable[[str], NoReturn]) -> Iterator[dict[Guest, Future[Result]]]:
+    """The guests of this run, some of them at a time."""
     missing = images.missing_tools()
     if missing:
         lacks(f"guests need {', '.join(missing)}; install them with apt-get")
     if os.geteuid() != 0:
         lacks("root file systems of guests are made by root; use sudo")
+    calls = (getattr(item, "callspec", None) for item in request.session.items)
+    wanted = dict.fromkeys(call.params["booted"] for call in calls if call and "booted" in call.params)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {one: pool.submit(_boot, one) for one in wanted}
+
+
+@pytest.fixture(scope="module", params=images.chosen(os.environ.get(CHOICE, "")), ids=lambda one: one.name)
+def booted(
+    request: pytest.FixtureRequest,
+    boots: dict[Guest, Future[Result]],
+    lacks: Callable[[str], NoReturn],
+    note: Callable[[str], None],
+) -> tuple[Guest, Result]:
+    """One boot for all the tests of a guest."""
+    which: Guest = request.param
     try:
-        image = images.build(request.param)
+        result = boots[which].result()
     except CannotBuildError as error:
-        lacks(f"no guest {request.param.name}: {error}")
-    # Clocks jump in an emulated machine on a busy host, so what failed is asked once more, alone.
-    again = _pytest("again", "--last-failed", "--last-failed-no-failures=none")
-    result = guest.run(image, [_LOADS, _pytest("tests"), again])
-    _keep_accuracy(result)
+        lacks(f"no guest {which.name}: {error}")
     note(
-        f"guest {request.param.name}: init after {result.boot_s:.0f} s, all done after {result.total_s:.0f} s"
+        f"guest {which.name}: init after {result.boot_s:.0f} s, all done after {result.total_s:.0f} s"
         f"{' (lost)' if result.lost else ''}"
     )
-    return request.param, result
+    return which, result
 
 
 def lines(name: str, loads: dict[str, dict[str, Any]]) -> list[str]:
