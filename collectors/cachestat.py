@@ -42,11 +42,11 @@ def _fexit(read: str, *more: str) -> Variant:
     return Variant(reads | faults, define="READ_FUNCTION")
 
 
-def _kprobes(read: str) -> Variant:
+def _kprobes() -> Variant:
     return Variant(
         {
-            "filemap_read_entry": Hook("kprobe", read),
-            "filemap_read_return": Hook("kretprobe", read),
+            "filemap_read_entry": Hook("kprobe", "filemap_read"),
+            "filemap_read_return": Hook("kretprobe", "filemap_read"),
             "filemap_fault": Hook("kprobe", "filemap_fault"),
             "filemap_map_pages": Hook("kprobe", "filemap_map_pages"),
         },
@@ -63,8 +63,6 @@ def _one(program: str, *targets: str) -> Part:
     return Part(program, tuple(Variant({program: hook}) for hook in hooks))
 
 
-_READS = ("filemap_read", "generic_file_buffered_read")  # the second before kernel 5.12
-
 COLLECTOR = Collector(
     name="cachestat",
     summary="page cache accesses, misses, additions and dirtied pages, in pages",
@@ -74,9 +72,10 @@ COLLECTOR = Collector(
             (
                 _tracepoints("tp_btf"),
                 _fexit("filemap_read", "filemap_splice_read"),  # sendfile apart, from kernel 6.5 on
-                *(_fexit(read) for read in _READS),
+                _fexit("filemap_read"),
+                _fexit("generic_file_buffered_read"),  # before kernel 5.12
                 _tracepoints("raw_tp"),
-                *(_kprobes(read) for read in _READS),
+                _kprobes(),
             ),
         ),
         _one("mm_filemap_add_to_page_cache", "mm_filemap_add_to_page_cache"),

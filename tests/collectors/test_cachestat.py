@@ -28,7 +28,7 @@ def test_tracepoints_come_before_functions_and_probe_reads_last() -> None:
     (accesses, *_) = COLLECTOR.parts
     kinds = [sorted({hook.kind for hook in variant.programs.values()}) for variant in accesses.variants]
     assert kinds == [
-        ["tp_btf"], *3 * [["fentry", "fexit"]], ["raw_tp"], *2 * [["kprobe", "kretprobe"]],
+        ["tp_btf"], *3 * [["fentry", "fexit"]], ["raw_tp"], ["kprobe", "kretprobe"],
     ]  # fmt: skip
     assert "filemap_splice_read" in accesses.variants[1].programs
 

@@ -61,7 +61,7 @@ _UNPACKED_NOT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", 
 # ask for; those that it does not have, or has built in, are left out.
 BOOT_MODULES = ("crc32c_generic?", "virtio_pci", "virtio_blk", "ext4")
 MODULES = (
-    "xfs", "loop", "null_blk", "brd", "dm_mod", "dm_delay", "dm_flakey", "scsi_debug",
+    "xfs", "overlay", "loop", "null_blk", "brd", "dm_mod", "dm_delay", "dm_flakey", "scsi_debug",
     "veth", "dummy", "bridge", "sch_netem", "sch_fq", "sch_tbf", "tcp_bbr", "ipv6",
     "ip_tables", "ip6_tables", "iptable_filter", "ip6table_filter", "iptable_nat",
     "iptable_mangle", "ip6table_mangle", "xt_length", "xt_quota",

@@ -44,7 +44,7 @@ _ALL = (
 def _pytest(name: str, *more: str) -> Command:
     wanted = shlex.split(os.environ.get(TESTS, "")) or _ALL
     return Command(name, (
-        *("env", "BPFMETRICSD_REQUIRE=0", f"{accuracy.FOLDER}={RESULTS}/accuracy"),
+        *("env", "BPFMETRICSD_REQUIRE=1", f"{accuracy.FOLDER}={RESULTS}/accuracy"),
         *(_PYTHON, "-m", "pytest", "-v", "-m", "kernel", "-o", "cache_dir=/run/pytest"),
         *(f"--junitxml={RESULTS}/{name}.xml", "-o", "junit_family=xunit1"),
         *("-o", f"faulthandler_timeout={guest.SILENCE_S // 2}", *wanted, *more),
