@@ -59,6 +59,11 @@ struct kills {
 BPF_TABLE("hash", struct kills_key, struct kills, kills, MAX_CGROUPS);
 BPF_ARRAY(kills_other, u64, SCOPES);
 BPF_ARRAY(kills_zero, struct kills, 1);
+/*
+ * A group that is killed as a whole (memory.oom.group) includes its first victim, which the kernel then kills and counts
+ * a second time. This is no kill to us, but the two counts do not compare without it.
+ */
+BPF_ARRAY(kills_again, u64, 1);
 /* Signals on their way to mark_victim, by the task that sends: other kernel signals may come in between. */
 BPF_TABLE("lru_hash", u64, struct victim, pending, 64);
 /* One a CPU to build a victim in: it is too large for the stack. */
@@ -127,6 +132,34 @@ static __always_inline void read_memory(struct victim *victim, struct task_struc
 	read_pages(&victim->shmem_pages, mm, MM_SHMEMPAGES);
 }
 
+static __always_inline bool called_by(void *ctx, u64 function, u64 size)
+{
+	u64 frames[FRAMES] = {};
+
+	bpf_get_stack(ctx, frames, sizeof(frames), 0);
+#pragma unroll
+	for (int i = 0; i < FRAMES; i++)
+		if (frames[i] - function < size)
+			return true;
+	return false;
+}
+
+static __always_inline void count_again(void *ctx, struct signal_struct *signal)
+{
+#ifdef SYMBOL_mem_cgroup_scan_tasks
+	int first = 0;
+	u64 *again;
+
+	if (!READ(signal, oom_mm)) /* not a victim yet */
+		return;
+	if (!called_by(ctx, SYMBOL_mem_cgroup_scan_tasks, SYMBOL_mem_cgroup_scan_tasks_SIZE))
+		return; /* such as the end of a container's process 1, which kills all others */
+	again = kills_again.lookup(&first);
+	if (again)
+		__sync_fetch_and_add(again, 1);
+#endif
+}
+
 PROGRAM(signal_generate)
 {
 	struct task_struct *task = (void *)ctx[2];
@@ -146,6 +179,7 @@ PROGRAM(signal_generate)
 	victim->killer_pid = sender >> 32;
 	bpf_get_current_comm(&victim->killer_comm, sizeof(victim->killer_comm));
 	signal = READ(task, signal);
+	count_again(ctx, signal);
 	victim->oom_score_adj = (s16)READ(signal, oom_score_adj);
 	read_memory(victim, task);
 	read_cgroup(victim, task);
@@ -156,15 +190,9 @@ PROGRAM(signal_generate)
 static __always_inline u64 scope_of(void *ctx)
 {
 #ifdef SYMBOL_mem_cgroup_out_of_memory
-	u64 frames[FRAMES] = {};
+	u64 within = called_by(ctx, SYMBOL_mem_cgroup_out_of_memory, SYMBOL_mem_cgroup_out_of_memory_SIZE);
 
-	if (bpf_get_stack(ctx, frames, sizeof(frames), 0) <= 0)
-		return SCOPE_UNKNOWN;
-#pragma unroll
-	for (int i = 0; i < FRAMES; i++)
-		if (frames[i] - SYMBOL_mem_cgroup_out_of_memory < SYMBOL_mem_cgroup_out_of_memory_SIZE)
-			return SCOPE_MEMCG;
-	return SCOPE_GLOBAL;
+	return within ? SCOPE_MEMCG : SCOPE_GLOBAL;
 #else
 	return SCOPE_UNKNOWN;
 #endif

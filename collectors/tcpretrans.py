@@ -192,6 +192,6 @@ COLLECTOR = Collector(
     defines=_defines,
     tables=("retransmits", "retransmits_by", "failures", "net_namespace"),
     decode=decode,
-    truth=Truth((NET_NAMESPACE, SNMP, NETSTAT), _counted),
+    truth=Truth((NET_NAMESPACE, SNMP, NETSTAT), _counted, enough=100),
     event=event,
 )

@@ -9,9 +9,6 @@ from pathlib import Path
 
 from daemon.declare import Collector, Tables
 
-# Requests under way when counting begins are counted by the kernel alone; among so many events they do not show.
-ENOUGH = 10_000
-
 
 def texts(collector: Collector) -> dict[str, str]:
     """The kernel's own account now; a file that this kernel does not have is left out."""
@@ -32,4 +29,4 @@ def ratio(collector: Collector, began: Mapping[str, str], now: Mapping[str, str]
     if counted is None:
         return None
     ours, kernels = counted
-    return ours / kernels if kernels >= ENOUGH else 1.0
+    return ours / kernels if kernels >= collector.truth.enough else 1.0

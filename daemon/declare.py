@@ -116,12 +116,16 @@ class Truth:
     began, from the files' texts at that time and now, and from the rows of the tables, or None where these cannot be
     compared. Events that both cannot see are in neither.
 
+    Where the kernel has counted less than `enough`, nothing is said but 1.0: what was under way when counting began is
+    in its account alone, and does not show among many.
+
     An account of one network namespace (`/proc/net`) has NET_NAMESPACE among its files, and its program has a map
     `net_namespace` whose first word the loader sets to the inode number of its own.
     """
 
     files: tuple[str, ...]
     counted: Callable[[Mapping[str, str], Mapping[str, str], Tables], tuple[int, int] | None]
+    enough: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ def agrees(loaded: Any, killed: int) -> None:
     ours = sum(loaded.series(KILLS).values())
     compared(loaded, "kills", ours, killed)
     assert ours == killed
+    assert loaded.engine.status()["collectors"]["oomkill"]["coverage"] == 1.0
 
 
 def pids(loaded: Any) -> list[int]:
