@@ -51,11 +51,12 @@ def _things() -> dict[str, set[str]]:
             return set()
 
     loops = {str(path) for path in Path("/sys/block").glob("loop*/loop/backing_file")}
+    mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
     return {
         "pins": names("/sys/fs/bpf"),
         "loop devices": loops,
         "network namespaces": names("/run/netns"),
-        "mounts": {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()},
+        "mounts": mounts - {"/run/netns"},  # ip(8) makes it for the first namespace, and keeps it
         "cgroups": names("/sys/fs/cgroup/memory") | names("/sys/fs/cgroup/unified") | names("/sys/fs/cgroup"),
     }
 

@@ -19,7 +19,7 @@ V1_FREEZER = Path("/sys/fs/cgroup/freezer")
 _EAT = "import sys; x = bytearray(int(sys.argv[1])); print(flush=True); sys.stdin.read()"
 _EAT_HUGE = """
 import mmap, sys
-x = mmap.mmap(-1, int(sys.argv[1]))
+x = mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 x.madvise(mmap.MADV_HUGEPAGE)
 for at in range(0, len(x), mmap.PAGESIZE):
     x[at] = 1

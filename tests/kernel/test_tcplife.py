@@ -187,6 +187,7 @@ def test_the_server_closes_first_and_the_same_addresses_come_soon_again(lab: Lab
             for _ in range(count):
                 with lab.connect(family) as connection:
                     drain(connection)
+                net.wait_for(lab.near.quiet, "the client's side to let its port go")
 
     client, server = lab.measure(family, traffic)
     lab.agrees((client, server), (Totals(count, count, 0, sent[0]), Totals(count, count, sent[0], 0)))

@@ -32,7 +32,7 @@ HOOKS = Path(__file__).with_name("hooks.txt")
 _PYTHON = "/usr/bin/python3"
 _LOADS = Command("loads", (_PYTHON, "-m", "tests.vm.loads", f"{RESULTS}/loads.json"))
 _PROCESS = "tests/kernel/test_process.py"
-_NOT_THE_KERNELS = ("test_loader.py", "test_page.py", "test_second_opinion.py")
+_NOT_THE_KERNELS = ("test_loader.py", "test_page.py", "test_second_opinion.py", "test_variants.py")
 _ALL = (
     "tests/kernel", *(f"--ignore=tests/kernel/{name}" for name in _NOT_THE_KERNELS),
     f"--deselect={_PROCESS}::test_terminated_it_leaves_the_programs_counting",
@@ -130,7 +130,9 @@ def test_every_collector_loads_on_the_expected_hooks(booted: tuple[Guest, Result
     assert found == [line for line in known if line.startswith(f"{which.name} |")]
 
 
-def test_kernel_tests(booted: tuple[Guest, Result], report: Callable[[str, Case], None]) -> None:
+def test_kernel_tests(
+    booted: tuple[Guest, Result], report: Callable[[str, Case], None], note: Callable[[str], None]
+) -> None:
     """Each of the guest's tests is reported on its own; this one fails when the guest was lost or ran none."""
     which, result = booted
     status = int(result.text("tests.status", "tests"))
@@ -139,6 +141,9 @@ def test_kernel_tests(booted: tuple[Guest, Result], report: Callable[[str, Case]
     found = {case.name: case for case in cases(result.text("tests.xml", "tests"))}
     assert found, f"no test ran in the guest:\n{said}"
     if any(case.outcome == "failed" for case in found.values()):
-        found |= {case.name: case for case in cases(result.text("again.xml", "again"))}
+        for case in cases(result.text("again.xml", "again")):
+            why = "; ".join(line for line in found[case.name].text.splitlines() if line.startswith("E  "))
+            note(f"guest {which.name}: {case.name} {case.outcome} when asked again, after {why}")
+            found[case.name] = case
     for case in found.values():
         report(which.name, case)
