@@ -264,6 +264,23 @@ static __always_inline void map_around(struct address_space *mapping)
 		fault((u64)mapping, ANY_PAGE);
 }
 
+#ifdef HOOK_filemap_map_pages_kprobe
+#define ARGUMENT(n, register) (((struct pt_regs *)ctx)->register)
+#else
+#define ARGUMENT(n, register) ctx[n]
+#endif
+
+#if defined(HOOK_filemap_map_pages_fentry) || defined(HOOK_filemap_map_pages_kprobe)
+#define FAULT_FUNCTION
+static __always_inline struct address_space *mapping_of(struct vm_fault *vmf)
+{
+	struct vm_area_struct *vma = READ(vmf, vma);
+	struct file *file = READ(vma, vm_file);
+
+	return READ(file, f_mapping);
+}
+#endif
+
 #ifdef READ_FUNCTION
 /* A function that read `bytes` up to `end`: bytes, so pages, once a call. */
 static __always_inline int read_ended(struct file *file, s64 end, s64 bytes)
@@ -293,16 +310,7 @@ static __always_inline int read_ended(struct file *file, s64 end, s64 bytes)
 	return 0;
 }
 
-static __always_inline struct address_space *mapping_of(struct vm_fault *vmf)
-{
-	struct vm_area_struct *vma = READ(vmf, vma);
-	struct file *file = READ(vma, vm_file);
-
-	return READ(file, f_mapping);
-}
-
 #ifdef HOOK_filemap_read_fexit
-#define ARGUMENT(n, register) ctx[n]
 /* ssize_t filemap_read(struct kiocb *iocb, struct iov_iter *iter, ssize_t already_read) */
 PROGRAM(filemap_read)
 {
@@ -322,7 +330,6 @@ PROGRAM(filemap_splice_read)
 }
 #else
 /* A kretprobe does not see the arguments any more, so the task remembers them. */
-#define ARGUMENT(n, register) (((struct pt_regs *)ctx)->register)
 PROGRAM(filemap_read_entry)
 {
 	struct reading *reading = reading_of(bpf_get_current_task_btf());
@@ -354,13 +361,6 @@ PROGRAM(filemap_fault)
 	return 0;
 }
 
-/* vm_fault_t filemap_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end) */
-PROGRAM(filemap_map_pages)
-{
-	if (counting())
-		map_around(mapping_of((void *)ARGUMENT(0, di)));
-	return 0;
-}
 #else
 /*
  * A round that finds cached pages and then has to wait for a page on its way gives those before it without an event
@@ -470,10 +470,21 @@ PROGRAM(mm_filemap_fault)
 	return 0;
 }
 
+/* It does not tell of a fault that maps a huge page (filemap_map_pmd): the function does. */
 PROGRAM(mm_filemap_map_pages)
 {
 	if (counting())
 		map_around((void *)ctx[0]);
+	return 0;
+}
+#endif
+
+#ifdef FAULT_FUNCTION
+/* vm_fault_t filemap_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end) */
+PROGRAM(filemap_map_pages)
+{
+	if (counting())
+		map_around(mapping_of((void *)ARGUMENT(0, di)));
 	return 0;
 }
 #endif

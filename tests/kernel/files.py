@@ -468,6 +468,12 @@ def major_faults() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
 
 
+def huge_mappings() -> int:
+    """The kernel's own count of huge pages of files that faults mapped, on the whole machine."""
+    vmstat = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(vmstat.get("thp_file_mapped", 0))
+
+
 def dirtied() -> int:
     """The kernel's own count of pages that became dirty, with what the CPUs hold back."""
     Path("/proc/sys/vm/stat_refresh").read_text()

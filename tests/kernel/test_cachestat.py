@@ -36,6 +36,7 @@ from tests.kernel.files import (
     fault_counter,
     has_large_folios,
     has_tracepoints,
+    huge_mappings,
     keeps_kprobes,
     major_faults,
     overlay,
@@ -332,7 +333,7 @@ def test_blocks_of_the_filesystem_between(start: Start, forbid: str) -> None:
 def test_faults_on_mapped_files(start: Start, kind: str, forbid: str) -> None:
     """A fault is an access; a miss where the page had to be read. The kernel does not see touches of mapped pages."""
     own, meter = start(kind, forbid)
-    with own.file("file", 4 * MIB) as file, ExitStack() as undo:
+    with own.file("file", MIB) as file, ExitStack() as undo:  # less than a huge page
         view = undo.enter_context(file.map(mmap.MAP_SHARED))
         count = undo.enter_context(fault_counter(file))
         ones = b"x" * file.pages
@@ -374,6 +375,43 @@ def test_faults_on_mapped_files(start: Start, kind: str, forbid: str) -> None:
 
         for flags, random, write, cold in product((mmap.MAP_SHARED, mmap.MAP_PRIVATE), *3 * ((True, False),)):
             check(flags, random, write, cold)
+
+
+@pytest.mark.parametrize("forbid", FORBIDDEN)
+def test_faults_that_map_a_huge_page(
+    start: Start, shared: Callable[..., Any], forbid: str, lacks: Callable[[str], NoReturn]
+) -> None:
+    """Functions see each of them. The tracepoint does not, which the collector says; what it saw is printed."""
+    own, meter = start("xfs", forbid)
+    status = shared("cachestat", forbid=forbid).engine.status()["collectors"]["cachestat"]["programs"]
+    exact = {one["fidelity"] for one in status.values() if "mm_filemap_map_pages" in one["hook"]} <= {"exact"}
+    with own.file("file", 8 * MIB) as file, ExitStack() as undo:
+        file.chill()
+        with file.map(mmap.MAP_SHARED, READ_ONLY) as view:
+            view.madvise(mmap.MADV_HUGEPAGE)
+            zlib.crc32(view)
+        view = undo.enter_context(file.map(mmap.MAP_SHARED, READ_ONLY))
+        count = undo.enter_context(fault_counter(file))
+        taken = huge = 0
+
+        def prepare() -> None:
+            nonlocal view, huge
+            view.close()
+            view = undo.enter_context(file.map(mmap.MAP_SHARED, READ_ONLY))
+            count()
+            huge = -huge_mappings()
+
+        def touch() -> None:
+            nonlocal taken, huge
+            zlib.crc32(view)
+            taken, huge = count(), huge + huge_mappings()
+
+        found = meter.measure(touch, prepare)
+        if not huge:
+            lacks("this kernel maps no huge pages of this file")
+        print(f"{taken} faults, {huge} of them mapped a huge page: {found.accesses} seen")
+        assert found.accesses == taken if exact else found.accesses < taken
+        assert (found.misses, found.added) == (0, 0)
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])

@@ -153,7 +153,7 @@ def _run(image: Image, script: str, cpus: int, total_s: float, keep: bool = Fals
         why = _boot(
             [  # dies with us, however we die; never kvm, which may be there and hang
                 *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"),
-                *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus), "-m", MEMORY),
+                *("-accel", "tcg,thread=single", "-cpu", "max", "-smp", str(cpus), "-m", MEMORY),
                 *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", f"file:{console}"),
                 *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", _COMMAND_LINE),
                 *("-drive", f"file={image.root},format=raw,if=virtio,cache=unsafe,snapshot={'off' if keep else 'on'}"),
