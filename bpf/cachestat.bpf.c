@@ -264,23 +264,6 @@ static __always_inline void map_around(struct address_space *mapping)
 		fault((u64)mapping, ANY_PAGE);
 }
 
-#ifdef HOOK_filemap_map_pages_kprobe
-#define ARGUMENT(n, register) (((struct pt_regs *)ctx)->register)
-#else
-#define ARGUMENT(n, register) ctx[n]
-#endif
-
-#if defined(HOOK_filemap_map_pages_fentry) || defined(HOOK_filemap_map_pages_kprobe)
-#define FAULT_FUNCTION
-static __always_inline struct address_space *mapping_of(struct vm_fault *vmf)
-{
-	struct vm_area_struct *vma = READ(vmf, vma);
-	struct file *file = READ(vma, vm_file);
-
-	return READ(file, f_mapping);
-}
-#endif
-
 #ifdef READ_FUNCTION
 /* A function that read `bytes` up to `end`: bytes, so pages, once a call. */
 static __always_inline int read_ended(struct file *file, s64 end, s64 bytes)
@@ -329,14 +312,15 @@ PROGRAM(filemap_splice_read)
 	return read_ended((void *)ctx[0], end, ctx[5]);
 }
 #else
+#define REGISTER(name) (((struct pt_regs *)ctx)->name)
 /* A kretprobe does not see the arguments any more, so the task remembers them. */
 PROGRAM(filemap_read_entry)
 {
 	struct reading *reading = reading_of(bpf_get_current_task_btf());
 
 	if (reading) {
-		reading->read_iocb = ARGUMENT(0, di);
-		reading->read_before = ARGUMENT(2, dx);
+		reading->read_iocb = REGISTER(di);
+		reading->read_before = REGISTER(dx);
 	}
 	return 0;
 }
@@ -345,22 +329,11 @@ PROGRAM(filemap_read_return)
 {
 	struct reading *reading = reading_of(bpf_get_current_task_btf());
 	struct kiocb *iocb = reading ? (void *)reading->read_iocb : NULL;
-	s64 result = ARGUMENT(3, ax);
+	s64 result = REGISTER(ax);
 
 	return iocb && result > 0 ? read_ended(READ(iocb, ki_filp), READ(iocb, ki_pos), result - reading->read_before) : 0;
 }
 #endif
-
-/* vm_fault_t filemap_fault(struct vm_fault *vmf) */
-PROGRAM(filemap_fault)
-{
-	struct vm_fault *vmf = (void *)ARGUMENT(0, di);
-
-	if (counting())
-		fault((u64)mapping_of(vmf), READ(vmf, pgoff));
-	return 0;
-}
-
 #else
 /*
  * A round that finds cached pages and then has to wait for a page on its way gives those before it without an event
@@ -463,6 +436,42 @@ PROGRAM(mm_filemap_get_pages)
 	return 0;
 }
 
+#endif
+
+#if defined(HOOK_filemap_map_pages_fentry) || defined(HOOK_filemap_map_pages_kprobe)
+#ifdef HOOK_filemap_map_pages_fentry
+#define FAULT (struct vm_fault *)ctx[0]
+#else
+#define FAULT (struct vm_fault *)((struct pt_regs *)ctx)->di
+#endif
+
+static __always_inline struct address_space *mapping_of(struct vm_fault *vmf)
+{
+	struct vm_area_struct *vma = READ(vmf, vma);
+	struct file *file = READ(vma, vm_file);
+
+	return READ(file, f_mapping);
+}
+
+/* vm_fault_t filemap_fault(struct vm_fault *vmf) */
+PROGRAM(filemap_fault)
+{
+	struct vm_fault *vmf = FAULT;
+
+	if (counting())
+		fault((u64)mapping_of(vmf), READ(vmf, pgoff));
+	return 0;
+}
+
+/* vm_fault_t filemap_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end) */
+PROGRAM(filemap_map_pages)
+{
+	if (counting())
+		map_around(mapping_of(FAULT));
+	return 0;
+}
+#endif
+
 PROGRAM(mm_filemap_fault)
 {
 	if (counting())
@@ -477,17 +486,6 @@ PROGRAM(mm_filemap_map_pages)
 		map_around((void *)ctx[0]);
 	return 0;
 }
-#endif
-
-#ifdef FAULT_FUNCTION
-/* vm_fault_t filemap_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end) */
-PROGRAM(filemap_map_pages)
-{
-	if (counting())
-		map_around(mapping_of((void *)ARGUMENT(0, di)));
-	return 0;
-}
-#endif
 
 /* How many pages a folio has: 1 unless PG_head is set. */
 static __always_inline u64 folio_pages(struct folio *folio)

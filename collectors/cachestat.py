@@ -31,39 +31,46 @@ def decode(tables: Tables, context: Context) -> Decoded:
     return Decoded([Family(_METRICS[row.key], [Series((), row.value, context.created)]) for row in tables["pages"]])
 
 
-def _tracepoints(kind: HookKind) -> Variant:
-    """The last of them does not tell of a fault that maps a huge page; with a function in its place all are told."""
-    targets = ("mm_filemap_get_pages", "mm_filemap_fault", "mm_filemap_map_pages")
-    return Variant(
-        {target: Hook(kind, target) for target in targets},
-        approximate="faults that map 2 MiB of a file at once are not all told: of 4 such, 1 was seen",
-    )
-
-
-def _tracepoints_and_function() -> Variant:
-    tracepoints = {target: Hook("tp_btf", target) for target in ("mm_filemap_get_pages", "mm_filemap_fault")}
-    return Variant(tracepoints | {"filemap_map_pages": Hook("fentry", "filemap_map_pages")})
-
-
 def _fexit(read: str, *more: str) -> Variant:
     reads = {name: Hook("fexit", name) for name in more} | {"filemap_read": Hook("fexit", read)}
-    faults = {name: Hook("fentry", name) for name in ("filemap_fault", "filemap_map_pages")}
-    return Variant(reads | faults, define="READ_FUNCTION")
+    return Variant(reads, define="READ_FUNCTION")
 
 
-def _kprobes() -> Variant:
-    return Variant(
+_KPROBES_STAY = ("bpf_perf_link.perf_file",)  # before kernel 5.15 nothing but a process keeps a kprobe
+
+_READS = (
+    Variant({"mm_filemap_get_pages": Hook("tp_btf", "mm_filemap_get_pages")}),
+    _fexit("filemap_read", "filemap_splice_read"),  # sendfile apart, from kernel 6.5 on
+    _fexit("filemap_read"),
+    _fexit("generic_file_buffered_read"),  # before kernel 5.12
+    Variant({"mm_filemap_get_pages": Hook("raw_tp", "mm_filemap_get_pages")}),
+    Variant(
         {
             "filemap_read_entry": Hook("kprobe", "filemap_read"),
             "filemap_read_return": Hook("kretprobe", "filemap_read"),
-            "filemap_fault": Hook("kprobe", "filemap_fault"),
-            "filemap_map_pages": Hook("kprobe", "filemap_map_pages"),
         },
         define="READ_FUNCTION",
-        needs=("bpf_perf_link.perf_file",),  # before kernel 5.15 nothing but a process keeps a kprobe
+        needs=_KPROBES_STAY,
         approximate="a kretprobe follows few calls at a time (10, or twice the CPUs): of 960 pages that 60 tasks "
         "waited for at once, 180 were counted",
-    )
+    ),
+)
+
+
+def _faults(fault: Hook, around: Hook, needs: tuple[str, ...] = ()) -> Variant:
+    """The tracepoint of mapping around a fault is passed by where a fault maps a huge page; the function is not."""
+    missed = "faults that map 2 MiB of a file at once are not all told: of 4 such, 1 was seen"
+    approximate = missed if around.target == "mm_filemap_map_pages" else ""
+    return Variant({fault.target: fault, around.target: around}, needs=needs, approximate=approximate)
+
+
+_FAULTS = (
+    _faults(Hook("tp_btf", "mm_filemap_fault"), Hook("fentry", "filemap_map_pages")),
+    _faults(Hook("tp_btf", "mm_filemap_fault"), Hook("tp_btf", "mm_filemap_map_pages")),
+    _faults(Hook("fentry", "filemap_fault"), Hook("fentry", "filemap_map_pages")),
+    _faults(Hook("raw_tp", "mm_filemap_fault"), Hook("raw_tp", "mm_filemap_map_pages")),
+    _faults(Hook("kprobe", "filemap_fault"), Hook("kprobe", "filemap_map_pages"), _KPROBES_STAY),
+)
 
 
 def _one(program: str, *targets: str) -> Part:
@@ -76,18 +83,8 @@ COLLECTOR = Collector(
     name="cachestat",
     summary="page cache accesses, misses, additions and dirtied pages, in pages",
     parts=(
-        Part(
-            "accesses",
-            (
-                _tracepoints_and_function(),
-                _tracepoints("tp_btf"),
-                _fexit("filemap_read", "filemap_splice_read"),  # sendfile apart, from kernel 6.5 on
-                _fexit("filemap_read"),
-                _fexit("generic_file_buffered_read"),  # before kernel 5.12
-                _tracepoints("raw_tp"),
-                _kprobes(),
-            ),
-        ),
+        Part("reads", _READS),
+        Part("faults", _FAULTS),
         _one("mm_filemap_add_to_page_cache", "mm_filemap_add_to_page_cache"),
         _one("writeback_dirty_folio", "writeback_dirty_folio", "writeback_dirty_page"),
     ),

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collectors.cachestat import COLLECTOR, decode
-from daemon.declare import Context, Row
+from daemon.declare import Context, Row, Variant
 
 CONTEXT = Context(options={}, max_series=10, created=5.0, cgroup_path=lambda _: "", wall_clock=lambda _: 0.0)
 
@@ -23,33 +23,45 @@ def test_unit_is_said_in_every_help() -> None:
     assert all("pages" in metric.help for metric in COLLECTOR.metrics({}))
 
 
-def test_tracepoints_come_before_functions_and_probe_reads_last() -> None:
-    """Each kind that loads directly before each that does not; what reads see more before what sees less."""
-    (accesses, *_) = COLLECTOR.parts
-    kinds = [sorted({hook.kind for hook in variant.programs.values()}) for variant in accesses.variants]
-    assert kinds == [
-        ["fentry", "tp_btf"], ["tp_btf"], *3 * [["fentry", "fexit"]], ["raw_tp"], ["kprobe", "kretprobe"],
-    ]  # fmt: skip
-    assert "filemap_splice_read" in accesses.variants[2].programs
+READS, FAULTS, *_ = COLLECTOR.parts
+KRETPROBE, MAP_AROUND = "kretprobe:filemap_read", "mm_filemap_map_pages"
+
+
+def hooks(variant: Variant) -> str:
+    return " ".join(map(str, variant.programs.values()))
+
+
+def test_what_loads_directly_comes_first_and_what_sees_more_before_what_sees_less() -> None:
+    assert [hooks(one) for one in READS.variants] == [
+        "tp_btf:mm_filemap_get_pages",
+        "fexit:filemap_splice_read fexit:filemap_read",
+        "fexit:filemap_read",
+        "fexit:generic_file_buffered_read",
+        "raw_tp:mm_filemap_get_pages",
+        "kprobe:filemap_read kretprobe:filemap_read",
+    ]
+    assert [hooks(one) for one in FAULTS.variants] == [
+        "tp_btf:mm_filemap_fault fentry:filemap_map_pages",
+        "tp_btf:mm_filemap_fault tp_btf:mm_filemap_map_pages",
+        "fentry:filemap_fault fentry:filemap_map_pages",
+        "raw_tp:mm_filemap_fault raw_tp:mm_filemap_map_pages",
+        "kprobe:filemap_fault kprobe:filemap_map_pages",
+    ]
 
 
 def test_every_variant_of_reads_by_a_function_says_so_to_the_program() -> None:
-    for variant in COLLECTOR.parts[0].variants:
-        tracepoints = "mm_filemap_get_pages" in variant.programs
-        assert variant.define == ("" if tracepoints else "READ_FUNCTION")
+    for variant in READS.variants:
+        assert variant.define == ("" if "mm_filemap_get_pages" in variant.programs else "READ_FUNCTION")
 
 
 def test_kprobes_are_asked_for_only_where_a_link_keeps_them() -> None:
-    for variant in COLLECTOR.parts[0].variants:
-        kprobes = any(hook.kind == "kprobe" for hook in variant.programs.values())
-        assert variant.needs == (("bpf_perf_link.perf_file",) if kprobes else ())
+    for variant in (*READS.variants, *FAULTS.variants):
+        assert variant.needs == (("bpf_perf_link.perf_file",) if "kprobe:" in hooks(variant) else ())
 
 
 def test_kretprobes_and_the_tracepoint_that_misses_huge_pages_are_approximate() -> None:
-    for variant in COLLECTOR.parts[0].variants:
-        hooks = {(hook.kind, hook.target) for hook in variant.programs.values()}
-        kinds = {kind for kind, target in hooks if target == "mm_filemap_map_pages" or kind == "kretprobe"}
-        assert bool(variant.approximate) == bool(kinds)
+    for variant in (*READS.variants, *FAULTS.variants):
+        assert bool(variant.approximate) == (KRETPROBE in hooks(variant) or MAP_AROUND in hooks(variant))
 
 
 def test_counters_are_fixed() -> None:

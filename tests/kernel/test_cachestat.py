@@ -66,9 +66,7 @@ def start(shared: Callable[..., Any], lacks: Callable[[str], NoReturn], tmp_path
             if kind in MKFS and not shutil.which(MKFS[kind][0]):
                 lacks(f"{MKFS[kind][0]} is not installed; apt install {'xfsprogs' if kind == 'xfs' else 'e2fsprogs'}")
             if forbid == FORBIDDEN[-1] and not has_tracepoints() and not keeps_kprobes():
-                with pytest.raises(
-                    AssertionError, match=r"kprobe:filemap_map_pages: this kernel has no bpf_perf_link\."
-                ):
+                with pytest.raises(AssertionError, match=r"kretprobe:filemap_read: this kernel has no bpf_perf_link\."):
                     shared("cachestat", forbid=forbid)
                 lacks("this kernel has neither tracepoints where the page cache is read nor kprobes that can be pinned")
             loaded = shared("cachestat", forbid=forbid)
