@@ -142,19 +142,16 @@ class End:
                 undo.callback(self.run, tool, "-w", "-D", chain, *match)
             yield
 
-    def random_loss(self, share: float) -> AbstractContextManager[None]:
-        """This share of the TCP packets that arrive is lost."""
-        random = ("-m", "statistic", "--mode", "random", "--probability", str(share))
-        return self.rule("INPUT", "-p", "tcp", *random, "-j", "DROP")
-
-    def loss_of_each(self, number: int) -> AbstractContextManager[None]:
-        """Each second (third, ...) of the packets that carry data is lost, beginning with the first of them.
-
-        By turns, since a row of losses would make the sender's timers very slow.
+    def random_loss(self, share: float, *match: str) -> AbstractContextManager[None]:
+        """This share of the TCP packets that arrive is lost. (By turns, a sender that repeats two at a time would lose
+        the first of them for ever.)
         """
-        data = ("-p", "tcp", "-m", "length", "--length", "100:65535")
-        turns = ("-m", "statistic", "--mode", "nth", "--every", str(number), "--packet", "0")
-        return self.rule("INPUT", *data, *turns, "-j", "DROP")
+        random = ("-m", "statistic", "--mode", "random", "--probability", str(share))
+        return self.rule("INPUT", "-p", "tcp", *match, *random, "-j", "DROP")
+
+    def data_loss(self, share: float) -> AbstractContextManager[None]:
+        """The same of those that carry data."""
+        return self.random_loss(share, "-m", "length", "--length", "100:65535")
 
     def listen(self, family: str, port: int = 0, address: str = "") -> socket.socket:
         with self.inside():

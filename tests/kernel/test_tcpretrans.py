@@ -186,15 +186,15 @@ def test_a_tenth_of_all_packets_is_lost(shared: Any, wire: Wire, by: str, forbid
     assert found.by(1)["established"] > 20
 
 
-@pytest.mark.parametrize(("lost", "size"), [(100, 2 << 20), (2, 15_000)], ids=["1%", "50%"])
-def test_a_share_of_all_data_is_lost(shared: Any, wire: Wire, lost: int, size: int) -> None:
+@pytest.mark.parametrize(("share", "size"), [(0.01, 2 << 20), (0.5, 30_000)], ids=["1%", "50%"])
+def test_a_share_of_all_data_is_lost(shared: Any, wire: Wire, share: float, size: int) -> None:
     lab = Lab(shared("tcpretrans", by="none"), wire, own=False)
     for end in wire:
         end.single_packets()
 
     def traffic() -> None:
         for family in FAMILIES:
-            lab.bulk(family, size, lambda end: end.loss_of_each(lost))
+            lab.bulk(family, size, lambda end: end.data_loss(share))
 
     found = lab.measure(traffic)
     assert found.by(0).keys() == set(FAMILIES)
