@@ -379,9 +379,10 @@ def test_faults_on_mapped_files(start: Start, kind: str, forbid: str) -> None:
 def test_faults_that_map_a_huge_page(
     start: Start, shared: Callable[..., Any], forbid: str, lacks: Callable[[str], NoReturn]
 ) -> None:
-    """Functions see each of them. The tracepoint does not, which the collector says; what it saw is printed."""
+    """Functions see each of them. The tracepoint does not, which the collector says."""
     own, meter = start("xfs", forbid)
-    status = shared("cachestat", forbid=forbid).engine.status()["collectors"]["cachestat"]["programs"]
+    loaded = shared("cachestat", forbid=forbid)
+    status = loaded.engine.status()["collectors"]["cachestat"]["programs"]
     exact = {one["fidelity"] for one in status.values() if "mm_filemap_map_pages" in one["hook"]} <= {"exact"}
     with own.file("file", 8 * MIB) as file, ExitStack() as undo:
         file.chill()
@@ -407,7 +408,7 @@ def test_faults_that_map_a_huge_page(
         found = meter.measure(touch, prepare)
         if not huge:
             lacks("this kernel maps no huge pages of this file")
-        print(f"{taken} faults, {huge} of them mapped a huge page: {found.accesses} seen")
+        compared(loaded, "faults that map huge pages", found.accesses, taken)
         assert found.accesses == taken if exact else found.accesses < taken
         assert (found.misses, found.added) == (0, 0)
 
