@@ -16,7 +16,7 @@ test: ## run the tests (installs what is missing)
 	@packaging/bootstrap test
 	$(PYTHON) -m pytest -m 'not vm'
 
-test-vm: ## run the tests on other kernels and other Debians (QEMU, systemd-nspawn; about 40 minutes)
+test-vm: ## run the tests on other kernels and other Debians (QEMU, systemd-nspawn; about half an hour)
 	@packaging/bootstrap vm
 	$(PYTHON) -m pytest -m vm
 

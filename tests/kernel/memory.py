@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -21,8 +22,7 @@ _EAT_HUGE = """
 import mmap, sys
 x = mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 x.madvise(mmap.MADV_HUGEPAGE)
-for at in range(0, len(x), mmap.PAGESIZE):
-    x[at] = 1
+x[::mmap.PAGESIZE] = bytes(len(x) // mmap.PAGESIZE)
 """
 _PR_SET_NAME = 15
 _libc = ctypes.CDLL(None)
@@ -98,7 +98,7 @@ def eater(size: int) -> tuple[str, ...]:
 
 def big_eater(size: int) -> tuple[str, ...]:
     """The same in huge pages, without a word: all of a machine's memory, in seconds where faults are slow."""
-    return (sys.executable, "-S", "-c", _EAT_HUGE, str(size))
+    return (sys.executable, "-S", "-c", _EAT_HUGE, str(size // mmap.PAGESIZE * mmap.PAGESIZE))
 
 
 def named(name: bytes, size: int) -> tuple[str, ...]:
